@@ -1,0 +1,70 @@
+"""Softmax attention, the reference path: plain XLA on every platform.
+
+Masks are boolean, True = may look. Long queries are worked off in blocks, so that the scores of a 4,096-patch image
+need [block, S] and not [T, S]; each block is rematerialised in the backward pass.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+_BLOCK = 512
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B #T S"],
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention, scores and softmax in fp32, result in q's dtype.
+
+    Query head n reads key head n // (N // K). A query that may look at nothing gets the mean of v, which is never
+    NaN; callers for whom that matters mask the result.
+    """
+    length = q.shape[1]
+    if length <= 2 * _BLOCK or length % _BLOCK:
+        return _attend(q, k, v, mask)
+    blocks = length // _BLOCK
+    mask = jnp.broadcast_to(mask, (mask.shape[0], length, mask.shape[2]))
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, _BLOCK, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(jax.checkpoint(lambda qm: _attend(qm[0], k, v, qm[1])), (split(q), split(mask)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _attend(q, k, v, mask):
+    batch, length, heads, dim = q.shape
+    q = q.reshape(batch, length, k.shape[1], -1, dim)
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) / math.sqrt(dim)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(batch, length, heads, dim)
+
+
+def packed_causal_mask(
+    segment_ids: Int[Array, "B T"], is_visual: Bool[Array, "B T"], vision_masked: Bool[Array, " B"]
+) -> Bool[Array, "B T T"]:
+    """Each token sees the tokens of its own sample up to itself; see `hide_vision` for `vision_masked`.
+
+    segment_ids  1 1 2 2 0        token 0  x . . . .
+                                        1  x x . . .
+                                        2  . . x . .
+                                        3  . . x x .
+                                        4  . . . . .   padding: nothing
+    """
+    length = segment_ids.shape[1]
+    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    return same & causal & ~hide_vision(is_visual, is_visual, vision_masked)
+
+
+def hide_vision(
+    visual_query: Bool[Array, "B T"], visual_key: Bool[Array, "B S"], vision_masked: Bool[Array, " B"]
+) -> Bool[Array, "B T S"]:
+    """True where a text query must not see an image key: rows under visual attention dropout or ablation."""
+    return ~visual_query[:, :, None] & visual_key[:, None, :] & vision_masked[:, None, None]

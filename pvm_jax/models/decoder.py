@@ -1,0 +1,162 @@
+"""The text decoder: pre-norm GQA layers with QK-norm, DeepStack after the first ones, PVM beside some FFNs.
+
+Source: transformers, modeling_qwen3_vl.py, Qwen3VLTextModel; PVM as in `pvm.py`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from pvm_jax.config import ModelConfig, PVMConfig, TextConfig
+from pvm_jax.models import rope
+from pvm_jax.models.attention import attention
+from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
+from pvm_jax.models.pvm import ProjectedMemory, PVMBlock
+from pvm_jax.models.stack import group_layers, group_name, scan_layers
+
+# A group's keys and values, [L,B,K,S,H] each.
+GroupCache = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all layers of one forward pass share.
+
+    Attributes:
+      cos, sin: [B,T,H/2] rotary tables in the compute dtype.
+      mask: [B,T,S] self-attention.
+      is_text: [B,T] False at image tokens.
+      visual_index: [B,T] visual token at each place, -1 = text; None in a decode step (nothing to add).
+      memory_mask: [B,T,M] what PVM may retrieve; None without PVM.
+      slot: where new keys and values go in the cache; None without a cache.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    mask: Bool[Array, "B T S"]
+    is_text: Bool[Array, "B T"]
+    visual_index: Int[Array, "B T"] | None
+    memory_mask: Bool[Array, "B T M"] | None
+    slot: Int[Array, ""] | None = None
+
+
+def take_visual(features: Float[Array, "B M D"], visual_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each place's visual feature; text places get some feature that the caller must mask."""
+    return jnp.take_along_axis(features, jnp.maximum(visual_index, 0)[:, :, None], axis=1)
+
+
+class SelfAttention(nnx.Module):
+    def __init__(self, make: Make, config: TextConfig):
+        width, dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = make.weight((heads, dim), (width,), ("heads", "head_dim", "embed"))
+        self.k_proj = make.weight((kv_heads, dim), (width,), ("kv_heads", "head_dim", "embed"))
+        self.v_proj = make.weight((kv_heads, dim), (width,), ("kv_heads", "head_dim", "embed"))
+        self.o_proj = make.weight((width,), (heads, dim), ("embed", "heads", "head_dim"))
+        self.q_norm = make.ones((dim,), ("head_dim",))
+        self.k_norm = make.ones((dim,), ("head_dim",))
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self, x: Float[Array, "B T D"], ctx: Context, cache: GroupCache | None, index: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
+        q = rms_norm(einsum("BTD,NHD->BTNH", x, self.q_proj), self.q_norm, self.eps)
+        k = rms_norm(einsum("BTD,KHD->BTKH", x, self.k_proj), self.k_norm, self.eps)
+        q, k = (rope.rotate(y, ctx.cos, ctx.sin) for y in (q, k))
+        k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
+        if cache is not None:
+            at = (index, 0, 0, ctx.slot, 0)
+            cache = tuple(jax.lax.dynamic_update_slice(c, y[None], at) for c, y in zip(cache, (k, v)))
+            k, v = (c[0] if c.shape[0] == 1 else jax.lax.dynamic_index_in_dim(c, index, 0, False) for c in cache)
+        out = attention(q, k, v, ctx.mask)
+        return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, make: Make, config: TextConfig, pvm: PVMConfig | None):
+        self.input_layernorm = make.ones((config.hidden_size,), ("embed",))
+        self.self_attn = SelfAttention(make, config)
+        self.post_attention_layernorm = make.ones((config.hidden_size,), ("embed",))
+        self.mlp = SwiGLU(make, config.hidden_size, config.intermediate_size)
+        if pvm:
+            self.pvm_block = PVMBlock(make, pvm, config)
+        self.eps = config.rms_norm_eps
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        ctx: Context,
+        cache: GroupCache | None,
+        index: Int[Array, ""] | int,
+        deepstack: Float[Array, "B M D"] | None,
+        memory: ProjectedMemory | None,
+    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
+        out, cache = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), ctx, cache, index)
+        h = x + out
+        y = self.mlp(rms_norm(h, self.post_attention_layernorm, self.eps))
+        if memory is not None:
+            # PVM reads h itself, not the FFN's normalised input.
+            y = y + self.pvm_block(h, memory, ctx.memory_mask, ctx.is_text)
+        x = h + y
+        if deepstack is not None:
+            x = x + jnp.where(ctx.is_text[..., None], 0, take_visual(deepstack, ctx.visual_index))
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    def __init__(self, make: Make, config: ModelConfig, *, scan: bool, remat: bool):
+        text = config.text
+        pvm_layers = config.pvm.layers if config.pvm else ()
+        self.embed_tokens = make.normal((text.vocab_size, text.hidden_size), ("vocab", "embed"))
+        self.layers = nnx.Dict(
+            {
+                group_name(g): DecoderLayer(make.stacked(len(g)), text, config.pvm if g[0] in pvm_layers else None)
+                for g in config.layer_groups(scan)
+            }
+        )
+        self.norm = make.ones((text.hidden_size,), ("embed",))
+        self.eps = text.rms_norm_eps
+        self.remat = remat
+
+    def project_memory(self, tokens: Float[Array, "B M D"]) -> dict[str, ProjectedMemory]:
+        """Keys and values of the visual tokens for every PVM layer, by group name."""
+        blocks = {name: layer.pvm_block for name, layer in self.layers.items() if hasattr(layer, "pvm_block")}
+        return {
+            name: scan_layers(block, lambda block, tokens, _: block.project(tokens), tokens)
+            for name, block in blocks.items()
+        }
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        ctx: Context,
+        deepstack: Float[Array, "n B M D"] | None,
+        memory: dict[str, ProjectedMemory],
+        cache: dict[str, GroupCache] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, GroupCache]]:
+        """Hidden states after the final norm, and the updated cache (empty without one).
+
+        `deepstack` is None in a decode step: text tokens receive nothing from it.
+        """
+        new_cache = {}
+        taps = 0 if deepstack is None else deepstack.shape[0]
+        for name, stacked in self.layers.items():
+            layers = group_layers(name)
+            features = deepstack[layers.start : layers.stop] if layers.start < taps else None
+
+            group_cache = cache[name] if cache is not None else None
+            apply = functools.partial(_apply_layer, ctx, memory.get(name))
+            x, group_cache = scan_layers(stacked, apply, (x, group_cache), features, remat=self.remat)
+            if cache is not None:
+                new_cache[name] = group_cache
+        return rms_norm(x, self.norm, self.eps), new_cache
+
+
+def _apply_layer(ctx: Context, memory: ProjectedMemory | None, layer: DecoderLayer, carry, inputs):
+    x, cache = carry
+    index, deepstack = inputs
+    return layer(x, ctx, cache, index, deepstack, memory)

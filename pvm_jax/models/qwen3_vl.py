@@ -1,0 +1,205 @@
+"""Qwen3-VL with Persistent Visual Memory.
+
+The model maps a `Batch` to hidden states; logits are a separate call, so that losses and decoding choose all, chunks
+or the last. Nothing about a request is kept on the module: cache and visual memory go in and out as values.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pvm_jax.config import ModelConfig
+from pvm_jax.data.batch import Batch
+from pvm_jax.models import cache as kv
+from pvm_jax.models import rope
+from pvm_jax.models.attention import hide_vision, packed_causal_mask
+from pvm_jax.models.decoder import Context, Decoder, take_visual
+from pvm_jax.models.layers import Make
+from pvm_jax.models.pvm import ProjectedMemory, memory_mask
+from pvm_jax.models.vision import VisionTower, VisualTokens
+
+
+class Qwen3VL(nnx.Module):
+    """The whole model.
+
+    Args:
+      config: sizes.
+      rngs: initial values; under `nnx.eval_shape` nothing is allocated.
+      dtype: compute dtype. Norm statistics, softmax, rotary tables, the gate and logits are fp32 whatever it is.
+      param_dtype: dtype of the parameters as created.
+      scan: stack and scan like layers (storage and training) or keep each on its own (decoding on CPU).
+      remat: recompute each layer in the backward pass instead of keeping its intermediates.
+      init: initializer of the matrices, see `layers.Make`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        scan: bool = True,
+        remat: bool = False,
+        init: str = "normal",
+    ):
+        make = Make(rngs, jnp.dtype(param_dtype), init=init)
+        self.visual = VisionTower(make, config.vision, remat=remat)
+        self.text = Decoder(make, config, scan=scan, remat=remat)
+        if not config.tie_word_embeddings:
+            self.lm_head = make.weight((config.text.vocab_size,), (config.text.hidden_size,), ("vocab", "embed"))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.scan = scan
+
+    def __call__(
+        self, batch: Batch, *, memory: Float[Array, "B M D"] | None = None, visual: VisualTokens | None = None
+    ) -> Float[Array, "B T D"]:
+        """Hidden states after the final norm, in the compute dtype.
+
+        Args:
+          batch: packed rows.
+          memory: visual tokens for PVM to read instead of the batch's own (an ablation: another image's memory).
+          visual: the batch's visual tokens, where the caller has them already.
+        """
+        visual = self.encode_images(batch) if visual is None else visual
+        is_visual = batch.visual_index >= 0
+        columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+        ctx = self._context(
+            batch,
+            batch.positions,
+            mask=packed_causal_mask(batch.segment_ids, is_visual, batch.vision_masked),
+            memory_mask=self._memory_mask(columns, batch.segment_ids, batch.memory_index, batch.memory_segment_ids),
+        )
+        projected = self.text.project_memory(visual.tokens if memory is None else memory)
+        hidden, _ = self.text(self._embed(batch, visual), ctx, visual.deepstack, projected)
+        return hidden
+
+    def encode_images(self, batch: Batch) -> VisualTokens:
+        """Visual tokens and DeepStack features of the batch's patches."""
+        return self.visual(batch, self.dtype)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Unembedding, fp32."""
+        weight = self.text.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        weight = weight[...].astype(hidden.dtype)
+        return jnp.einsum("VD,...D->...V", weight, hidden, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, capacity: int, memory_capacity: int) -> kv.KVCache:
+        """An empty cache for `capacity` tokens, `memory_capacity` of them visual."""
+        return kv.init_cache(self.config, self.scan, batch_size, capacity, memory_capacity, self.dtype)
+
+    def prefill(self, batch: Batch, cache: kv.KVCache) -> tuple[Float[Array, "B T D"], kv.KVCache]:
+        """Appends a batch to the cache: a prompt, or a later turn, whose images join the memory.
+
+        Rows hold one sample each (segment ids 1, then 0); `batch.positions` count from `cache.next_position`. The
+        caller makes sure that T more tokens and M more visual tokens fit.
+        """
+        real = batch.segment_ids > 0
+        is_visual = batch.visual_index >= 0
+        visual = self.encode_images(batch)
+        slots = jnp.where(batch.memory_index >= 0, batch.memory_index + cache.filled, -1)
+        memory_slots = _put(cache.memory_slots, slots, cache.memory_filled)
+        valid = _put(cache.valid, real, cache.filled)
+        visual_slots = _put(cache.visual, is_visual, cache.filled)
+
+        columns = cache.filled + jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+        causal = jnp.arange(cache.capacity) <= columns[:, :, None]
+        hidden_keys = hide_vision(is_visual, visual_slots, batch.vision_masked)
+        positions = batch.positions + cache.next_position[:, None]
+        memory_ids = (memory_slots >= 0).astype(jnp.int32)
+        ctx = self._context(
+            batch,
+            positions,
+            mask=valid[:, None, :] & causal & ~hidden_keys,
+            memory_mask=self._memory_mask(columns, batch.segment_ids, memory_slots, memory_ids),
+            slot=cache.filled,
+        )
+        memory = self._append_memory(cache, self.text.project_memory(visual.tokens))
+        end = jnp.max(jnp.where(real, positions, -1), axis=(0, 2)) + 1
+        hidden, keys, values = self._cached(self._embed(batch, visual), ctx, visual.deepstack, memory, cache)
+        return hidden, cache.replace(
+            keys=keys,
+            values=values,
+            memory=memory,
+            memory_slots=memory_slots,
+            memory_filled=cache.memory_filled + batch.memory_index.shape[1],
+            filled=cache.filled + batch.tokens.shape[1],
+            valid=valid,
+            visual=visual_slots,
+            vision_masked=batch.vision_masked,
+            next_position=jnp.maximum(cache.next_position, end),
+        )
+
+    def decode(self, tokens: Int[Array, " B"], cache: kv.KVCache) -> tuple[Float[Array, "B D"], kv.KVCache]:
+        """Appends one text token to every row; its hidden state [B,D]."""
+        positions = jnp.broadcast_to(cache.next_position[:, None], (3, tokens.shape[0], 1))
+        cos, sin = self._rope(positions)
+        valid = _put(cache.valid, jnp.ones((tokens.shape[0], 1), bool), cache.filled)
+        mask = valid & ~(cache.visual & cache.vision_masked[:, None])
+        is_text = jnp.ones((tokens.shape[0], 1), bool)
+        memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
+        # Every stored visual token stands before this one.
+        columns = jnp.full((tokens.shape[0], 1), cache.filled)
+        ctx = Context(
+            cos=cos,
+            sin=sin,
+            mask=mask[:, None],
+            is_text=is_text,
+            visual_index=None,
+            memory_mask=self._memory_mask(columns, is_text.astype(jnp.int32), cache.memory_slots, memory_ids),
+            slot=cache.filled,
+        )
+        x = self.text.embed_tokens[...][tokens][:, None].astype(self.dtype)
+        hidden, keys, values = self._cached(x, ctx, None, cache.memory, cache)
+        return hidden[:, 0], cache.replace(
+            keys=keys,
+            values=values,
+            filled=cache.filled + 1,
+            valid=valid,
+            next_position=cache.next_position + 1,
+        )
+
+    def _embed(self, batch: Batch, visual: VisualTokens) -> Float[Array, "B T D"]:
+        x = self.text.embed_tokens[...][batch.tokens].astype(self.dtype)
+        is_visual = (batch.visual_index >= 0)[:, :, None]
+        return jnp.where(is_visual, take_visual(visual.tokens, batch.visual_index), x)
+
+    def _rope(self, positions: Int[Array, "3 B T"]) -> tuple[Array, Array]:
+        text = self.config.text
+        cos, sin = rope.mrope(positions, text.head_dim, text.rope_theta, text.mrope_section)
+        return cos.astype(self.dtype), sin.astype(self.dtype)
+
+    def _context(self, batch: Batch, positions, mask, memory_mask, slot=None) -> Context:
+        cos, sin = self._rope(positions)
+        is_text = batch.visual_index < 0
+        return Context(cos, sin, mask, is_text, batch.visual_index, memory_mask, slot)
+
+    def _memory_mask(self, columns, segment_ids, memory_index, memory_segment_ids) -> Array | None:
+        pvm = self.config.pvm
+        if pvm is None:
+            return None
+        if pvm.slots:  # the control: learned slots, which every real token may read
+            shape = (*segment_ids.shape, pvm.slots)
+            return jnp.broadcast_to((segment_ids > 0)[:, :, None], shape)
+        return memory_mask(pvm.memory_mask, columns, segment_ids, memory_index, memory_segment_ids)
+
+    def _append_memory(self, cache: kv.KVCache, new: dict[str, ProjectedMemory]) -> dict[str, ProjectedMemory]:
+        if self.config.pvm and self.config.pvm.slots:
+            return new
+        at = cache.memory_filled
+        return {
+            name: tuple(jax.lax.dynamic_update_slice(old, y, (0, 0, at, 0)) for old, y in zip(cache.memory[name], kv))
+            for name, kv in new.items()
+        }
+
+    def _cached(self, x, ctx, deepstack, memory, cache: kv.KVCache):
+        groups = {name: (cache.keys[name], cache.values[name]) for name in cache.keys}
+        hidden, groups = self.text(x, ctx, deepstack, memory, groups)
+        return hidden, {n: g[0] for n, g in groups.items()}, {n: g[1] for n, g in groups.items()}
+
+
+def _put(target: Array, rows: Array, column: Array) -> Array:
+    """Writes `rows` [B,n] into `target` [B,S] from `column` on."""
+    return jax.lax.dynamic_update_slice(target, rows, (0, column))

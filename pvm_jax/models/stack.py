@@ -1,0 +1,49 @@
+"""Layers stored in stacked groups: one module whose parameters have a leading axis of L layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Carry = TypeVar("Carry")
+
+
+def group_name(layers: Sequence[int]) -> str:
+    """The key of a group of consecutive layers: "8" or "9-15"."""
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def group_layers(name: str) -> range:
+    """The layers of a group, from its key: the inverse of `group_name`."""
+    first, _, last = name.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def scan_layers(
+    stacked: nnx.Module,
+    apply: Callable[[Any, Carry, Any], Carry],
+    carry: Carry,
+    per_layer: Any = None,
+    *,
+    remat: bool = False,
+) -> Carry:
+    """Runs `carry = apply(layer, carry, (i, per_layer[i]))` over the L layers of a group.
+
+    A group of one layer is not a loop: taking layer 0 of a stack of one is free, while XLA:CPU copies what a loop
+    slices out of a stack. `remat` keeps only the carries for the backward pass.
+    """
+    graphdef, params = nnx.split(stacked)
+
+    def body(carry, inputs):
+        params, index, extra = inputs
+        return apply(nnx.merge(graphdef, params), carry, (index, extra)), None
+
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)
+    length = jax.tree.leaves(params)[0].shape[0]
+    if length == 1:
+        first = jax.tree.map(lambda x: x[0], (params, per_layer))
+        return body(carry, (first[0], 0, first[1]))[0]
+    return jax.lax.scan(body, carry, (params, jnp.arange(length), per_layer))[0]
