@@ -46,6 +46,31 @@ class KVCache:
     def memory_capacity(self) -> int:
         return self.memory_slots.shape[1]
 
+    def groups(self) -> dict[str, tuple[Array, Array]]:
+        """Keys and values by group, as the decoder takes them."""
+        return {name: (self.keys[name], self.values[name]) for name in self.keys}
+
+    def append(
+        self,
+        new: dict[str, tuple[Array, Array]],
+        valid: Bool[Array, "B T"],
+        visual: Bool[Array, "B T"],
+        next_position: Int[Array, " B"],
+    ) -> "KVCache":
+        """Writes the keys and values of T more tokens, [L,B,K,T,H] by group, behind what is there.
+
+        This is the only write of a step, after all reads: inside a loop XLA then updates the buffers in place.
+        """
+        at = (0, 0, 0, self.filled, 0)
+        return self.replace(
+            keys={name: jax.lax.dynamic_update_slice(x, new[name][0], at) for name, x in self.keys.items()},
+            values={name: jax.lax.dynamic_update_slice(x, new[name][1], at) for name, x in self.values.items()},
+            filled=self.filled + valid.shape[1],
+            valid=put(self.valid, valid, self.filled),
+            visual=put(self.visual, visual, self.filled),
+            next_position=next_position,
+        )
+
     def grow(self, capacity: int) -> "KVCache":
         """The same state with room for `capacity` tokens."""
         extra = capacity - self.capacity
@@ -59,6 +84,11 @@ class KVCache:
             valid=pad(self.valid, 1),
             visual=pad(self.visual, 1),
         )
+
+
+def put(target: Array, rows: Array, column: Int[Array, ""]) -> Array:
+    """Writes `rows` [B,n] into `target` [B,S] from `column` on."""
+    return jax.lax.dynamic_update_slice(target, rows, (0, column))
 
 
 def init_cache(

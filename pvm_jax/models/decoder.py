@@ -6,7 +6,6 @@ Source: transformers, modeling_qwen3_vl.py, Qwen3VLTextModel; PVM as in `pvm.py`
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -16,10 +15,10 @@ from pvm_jax.models import rope
 from pvm_jax.models.attention import attention
 from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
 from pvm_jax.models.pvm import ProjectedMemory, PVMBlock
-from pvm_jax.models.stack import group_layers, group_name, scan_layers
+from pvm_jax.models.stack import group_layers, group_name, scan_layers, unstack
 
-# A group's keys and values, [L,B,K,S,H] each.
-GroupCache = tuple[Array, Array]
+# Keys and values: [B,K,S,H] of a layer, or [L,B,K,S,H] of a group.
+KeyValue = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +27,20 @@ class Context:
 
     Attributes:
       cos, sin: [B,T,H/2] rotary tables in the compute dtype.
-      mask: [B,T,S] self-attention.
+      mask: [B,T,T] self-attention among the tokens of this pass.
+      past_mask: [B,T,S] self-attention to the cache; None without one.
       is_text: [B,T] False at image tokens.
       visual_index: [B,T] visual token at each place, -1 = text; None in a decode step (nothing to add).
       memory_mask: [B,T,M] what PVM may retrieve; None without PVM.
-      slot: where new keys and values go in the cache; None without a cache.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T T"]
     is_text: Bool[Array, "B T"]
     visual_index: Int[Array, "B T"] | None
     memory_mask: Bool[Array, "B T M"] | None
-    slot: Int[Array, ""] | None = None
+    past_mask: Bool[Array, "B T S"] | None = None
 
 
 def take_visual(features: Float[Array, "B M D"], visual_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -62,18 +61,15 @@ class SelfAttention(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], ctx: Context, cache: GroupCache | None, index: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
+        self, x: Float[Array, "B T D"], ctx: Context, past: KeyValue | None
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Output, and the keys and values of x [B,K,T,H] for the cache."""
         q = rms_norm(einsum("BTD,NHD->BTNH", x, self.q_proj), self.q_norm, self.eps)
         k = rms_norm(einsum("BTD,KHD->BTKH", x, self.k_proj), self.k_norm, self.eps)
         q, k = (rope.rotate(y, ctx.cos, ctx.sin) for y in (q, k))
         k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
-        if cache is not None:
-            at = (index, 0, 0, ctx.slot, 0)
-            cache = tuple(jax.lax.dynamic_update_slice(c, y[None], at) for c, y in zip(cache, (k, v)))
-            k, v = (c[0] if c.shape[0] == 1 else jax.lax.dynamic_index_in_dim(c, index, 0, False) for c in cache)
-        out = attention(q, k, v, ctx.mask)
-        return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
+        out = attention(q, k, v, ctx.mask, None if past is None else (*past, ctx.past_mask))
+        return einsum("BTNH,DNH->BTD", out, self.o_proj), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -90,12 +86,11 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         ctx: Context,
-        cache: GroupCache | None,
-        index: Int[Array, ""] | int,
+        past: KeyValue | None,
         deepstack: Float[Array, "B M D"] | None,
         memory: ProjectedMemory | None,
-    ) -> tuple[Float[Array, "B T D"], GroupCache | None]:
-        out, cache = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), ctx, cache, index)
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        out, new = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), ctx, past)
         h = x + out
         y = self.mlp(rms_norm(h, self.post_attention_layernorm, self.eps))
         if memory is not None:
@@ -104,7 +99,7 @@ class DecoderLayer(nnx.Module):
         x = h + y
         if deepstack is not None:
             x = x + jnp.where(ctx.is_text[..., None], 0, take_visual(deepstack, ctx.visual_index))
-        return x, cache
+        return x, new
 
 
 class Decoder(nnx.Module):
@@ -124,10 +119,10 @@ class Decoder(nnx.Module):
 
     def project_memory(self, tokens: Float[Array, "B M D"]) -> dict[str, ProjectedMemory]:
         """Keys and values of the visual tokens for every PVM layer, by group name."""
-        blocks = {name: layer.pvm_block for name, layer in self.layers.items() if hasattr(layer, "pvm_block")}
         return {
-            name: scan_layers(block, lambda block, tokens, _: block.project(tokens), tokens)
-            for name, block in blocks.items()
+            name: unstack(layer).pvm_block.project(tokens)
+            for name, layer in self.layers.items()
+            if hasattr(layer, "pvm_block")
         }
 
     def __call__(
@@ -136,27 +131,24 @@ class Decoder(nnx.Module):
         ctx: Context,
         deepstack: Float[Array, "n B M D"] | None,
         memory: dict[str, ProjectedMemory],
-        cache: dict[str, GroupCache] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, GroupCache]]:
-        """Hidden states after the final norm, and the updated cache (empty without one).
+        cache: dict[str, KeyValue] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, KeyValue]]:
+        """Hidden states after the final norm, and the keys and values of x by group, [L,B,K,T,H].
 
         `deepstack` is None in a decode step: text tokens receive nothing from it.
         """
-        new_cache = {}
+        new = {}
         taps = 0 if deepstack is None else deepstack.shape[0]
         for name, stacked in self.layers.items():
             layers = group_layers(name)
             features = deepstack[layers.start : layers.stop] if layers.start < taps else None
-
-            group_cache = cache[name] if cache is not None else None
-            apply = functools.partial(_apply_layer, ctx, memory.get(name))
-            x, group_cache = scan_layers(stacked, apply, (x, group_cache), features, remat=self.remat)
-            if cache is not None:
-                new_cache[name] = group_cache
-        return rms_norm(x, self.norm, self.eps), new_cache
+            past = cache[name] if cache is not None else None
+            apply = functools.partial(_apply_layer, ctx, memory.get(name), cache is not None)
+            x, new[name] = scan_layers(stacked, apply, x, (past, features), remat=self.remat)
+        return rms_norm(x, self.norm, self.eps), new
 
 
-def _apply_layer(ctx: Context, memory: ProjectedMemory | None, layer: DecoderLayer, carry, inputs):
-    x, cache = carry
-    index, deepstack = inputs
-    return layer(x, ctx, cache, index, deepstack, memory)
+def _apply_layer(ctx: Context, memory: ProjectedMemory | None, keep: bool, layer: DecoderLayer, x, inputs):
+    past, deepstack = inputs
+    x, new = layer(x, ctx, past, deepstack, memory)
+    return x, new if keep else None

@@ -7,6 +7,7 @@ or the last. Nothing about a request is kept on the module: cache and visual mem
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pvm_jax.config import ModelConfig
@@ -38,8 +39,8 @@ class Qwen3VL(nnx.Module):
         config: ModelConfig,
         *,
         rngs: nnx.Rngs,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         scan: bool = True,
         remat: bool = False,
         init: str = "normal",
@@ -96,70 +97,51 @@ class Qwen3VL(nnx.Module):
         Rows hold one sample each (segment ids 1, then 0); `batch.positions` count from `cache.next_position`. The
         caller makes sure that T more tokens and M more visual tokens fit.
         """
-        real = batch.segment_ids > 0
         is_visual = batch.visual_index >= 0
         visual = self.encode_images(batch)
-        slots = jnp.where(batch.memory_index >= 0, batch.memory_index + cache.filled, -1)
-        memory_slots = _put(cache.memory_slots, slots, cache.memory_filled)
-        valid = _put(cache.valid, real, cache.filled)
-        visual_slots = _put(cache.visual, is_visual, cache.filled)
-
         columns = cache.filled + jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-        causal = jnp.arange(cache.capacity) <= columns[:, :, None]
-        hidden_keys = hide_vision(is_visual, visual_slots, batch.vision_masked)
+        slots = jnp.where(batch.memory_index >= 0, batch.memory_index + cache.filled, -1)
+        cache = cache.replace(
+            memory=self._append_memory(cache, self.text.project_memory(visual.tokens)),
+            memory_slots=kv.put(cache.memory_slots, slots, cache.memory_filled),
+            memory_filled=cache.memory_filled + batch.memory_index.shape[1],
+            vision_masked=batch.vision_masked,
+        )
         positions = batch.positions + cache.next_position[:, None]
-        memory_ids = (memory_slots >= 0).astype(jnp.int32)
+        memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
+        hidden_past = hide_vision(is_visual, cache.visual, batch.vision_masked)
         ctx = self._context(
             batch,
             positions,
-            mask=valid[:, None, :] & causal & ~hidden_keys,
-            memory_mask=self._memory_mask(columns, batch.segment_ids, memory_slots, memory_ids),
-            slot=cache.filled,
+            mask=packed_causal_mask(batch.segment_ids, is_visual, batch.vision_masked),
+            past_mask=cache.valid[:, None, :] & ~hidden_past,
+            memory_mask=self._memory_mask(columns, batch.segment_ids, cache.memory_slots, memory_ids),
         )
-        memory = self._append_memory(cache, self.text.project_memory(visual.tokens))
+        real = batch.segment_ids > 0
         end = jnp.max(jnp.where(real, positions, -1), axis=(0, 2)) + 1
-        hidden, keys, values = self._cached(self._embed(batch, visual), ctx, visual.deepstack, memory, cache)
-        return hidden, cache.replace(
-            keys=keys,
-            values=values,
-            memory=memory,
-            memory_slots=memory_slots,
-            memory_filled=cache.memory_filled + batch.memory_index.shape[1],
-            filled=cache.filled + batch.tokens.shape[1],
-            valid=valid,
-            visual=visual_slots,
-            vision_masked=batch.vision_masked,
-            next_position=jnp.maximum(cache.next_position, end),
-        )
+        hidden, new = self.text(self._embed(batch, visual), ctx, visual.deepstack, cache.memory, cache.groups())
+        return hidden, cache.append(new, real, is_visual, jnp.maximum(cache.next_position, end))
 
     def decode(self, tokens: Int[Array, " B"], cache: kv.KVCache) -> tuple[Float[Array, "B D"], kv.KVCache]:
         """Appends one text token to every row; its hidden state [B,D]."""
-        positions = jnp.broadcast_to(cache.next_position[:, None], (3, tokens.shape[0], 1))
-        cos, sin = self._rope(positions)
-        valid = _put(cache.valid, jnp.ones((tokens.shape[0], 1), bool), cache.filled)
-        mask = valid & ~(cache.visual & cache.vision_masked[:, None])
-        is_text = jnp.ones((tokens.shape[0], 1), bool)
-        memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
+        rows = tokens.shape[0]
+        cos, sin = self._rope(jnp.broadcast_to(cache.next_position[:, None], (3, rows, 1)))
+        yes = jnp.ones((rows, 1), bool)
         # Every stored visual token stands before this one.
-        columns = jnp.full((tokens.shape[0], 1), cache.filled)
+        columns = jnp.full((rows, 1), cache.filled)
+        memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
         ctx = Context(
             cos=cos,
             sin=sin,
-            mask=mask[:, None],
-            is_text=is_text,
+            mask=yes[:, None],
+            past_mask=(cache.valid & ~(cache.visual & cache.vision_masked[:, None]))[:, None],
+            is_text=yes,
             visual_index=None,
-            memory_mask=self._memory_mask(columns, is_text.astype(jnp.int32), cache.memory_slots, memory_ids),
-            slot=cache.filled,
+            memory_mask=self._memory_mask(columns, yes.astype(jnp.int32), cache.memory_slots, memory_ids),
         )
         x = self.text.embed_tokens[...][tokens][:, None].astype(self.dtype)
-        hidden, keys, values = self._cached(x, ctx, None, cache.memory, cache)
-        return hidden[:, 0], cache.replace(
-            keys=keys,
-            values=values,
-            filled=cache.filled + 1,
-            valid=valid,
-            next_position=cache.next_position + 1,
-        )
+        hidden, new = self.text(x, ctx, None, cache.memory, cache.groups())
+        return hidden[:, 0], cache.append(new, yes, ~yes, cache.next_position + 1)
 
     def _embed(self, batch: Batch, visual: VisualTokens) -> Float[Array, "B T D"]:
         x = self.text.embed_tokens[...][batch.tokens].astype(self.dtype)
@@ -171,10 +153,10 @@ class Qwen3VL(nnx.Module):
         cos, sin = rope.mrope(positions, text.head_dim, text.rope_theta, text.mrope_section)
         return cos.astype(self.dtype), sin.astype(self.dtype)
 
-    def _context(self, batch: Batch, positions, mask, memory_mask, slot=None) -> Context:
+    def _context(self, batch: Batch, positions, mask, memory_mask, past_mask=None) -> Context:
         cos, sin = self._rope(positions)
         is_text = batch.visual_index < 0
-        return Context(cos, sin, mask, is_text, batch.visual_index, memory_mask, slot)
+        return Context(cos, sin, mask, is_text, batch.visual_index, memory_mask, past_mask)
 
     def _memory_mask(self, columns, segment_ids, memory_index, memory_segment_ids) -> Array | None:
         pvm = self.config.pvm
@@ -190,16 +172,6 @@ class Qwen3VL(nnx.Module):
             return new
         at = cache.memory_filled
         return {
-            name: tuple(jax.lax.dynamic_update_slice(old, y, (0, 0, at, 0)) for old, y in zip(cache.memory[name], kv))
-            for name, kv in new.items()
+            name: tuple(jax.lax.dynamic_update_slice(old, y, (0, 0, at, 0)) for old, y in zip(cache.memory[name], pair))
+            for name, pair in new.items()
         }
-
-    def _cached(self, x, ctx, deepstack, memory, cache: kv.KVCache):
-        groups = {name: (cache.keys[name], cache.values[name]) for name in cache.keys}
-        hidden, groups = self.text(x, ctx, deepstack, memory, groups)
-        return hidden, {n: g[0] for n, g in groups.items()}, {n: g[1] for n, g in groups.items()}
-
-
-def _put(target: Array, rows: Array, column: Array) -> Array:
-    """Writes `rows` [B,n] into `target` [B,S] from `column` on."""
-    return jax.lax.dynamic_update_slice(target, rows, (0, column))

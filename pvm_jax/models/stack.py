@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Carry = TypeVar("Carry")
@@ -21,15 +20,21 @@ def group_layers(name: str) -> range:
     return range(int(first), int(last or first) + 1)
 
 
+def unstack(stacked: nnx.Module) -> nnx.Module:
+    """The layer of a group of one."""
+    graphdef, params = nnx.split(stacked)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.squeeze(0), params))
+
+
 def scan_layers(
     stacked: nnx.Module,
-    apply: Callable[[Any, Carry, Any], Carry],
+    apply: Callable[[Any, Carry, Any], tuple[Carry, Any]],
     carry: Carry,
     per_layer: Any = None,
     *,
     remat: bool = False,
-) -> Carry:
-    """Runs `carry = apply(layer, carry, (i, per_layer[i]))` over the L layers of a group.
+) -> tuple[Carry, Any]:
+    """Runs `carry, out = apply(layer, carry, per_layer[i])` over the L layers of a group; outs are stacked.
 
     A group of one layer is not a loop: taking layer 0 of a stack of one is free, while XLA:CPU copies what a loop
     slices out of a stack. `remat` keeps only the carries for the backward pass.
@@ -37,13 +42,12 @@ def scan_layers(
     graphdef, params = nnx.split(stacked)
 
     def body(carry, inputs):
-        params, index, extra = inputs
-        return apply(nnx.merge(graphdef, params), carry, (index, extra)), None
+        params, extra = inputs
+        return apply(nnx.merge(graphdef, params), carry, extra)
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
-    length = jax.tree.leaves(params)[0].shape[0]
-    if length == 1:
-        first = jax.tree.map(lambda x: x[0], (params, per_layer))
-        return body(carry, (first[0], 0, first[1]))[0]
-    return jax.lax.scan(body, carry, (params, jnp.arange(length), per_layer))[0]
+    if jax.tree.leaves(params)[0].shape[0] == 1:
+        carry, out = body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))
+        return carry, jax.tree.map(lambda x: x[None], out)
+    return jax.lax.scan(body, carry, (params, per_layer))
