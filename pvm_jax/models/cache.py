@@ -5,6 +5,8 @@ write is one contiguous update, in place inside a loop, whatever the lengths of 
 embedding are kept per row and do not depend on slots.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -14,11 +16,49 @@ from pvm_jax.config import ModelConfig
 from pvm_jax.models.pvm import ProjectedMemory
 from pvm_jax.models.stack import group_name
 
+# A group's keys and values: [L,B,K,S,H] without those of the axes L, B, K that have length 1. XLA:CPU copies a buffer
+# that is written in one shape and read in another in every step of a loop; without such axes the shapes are the same
+# and the update is in place.
+KeyValue = tuple[Array, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Layer `index` of a group's keys and values, and the slot for the next tokens."""
+
+    keys: Array
+    values: Array
+    slot: Int[Array, ""]
+    index: Int[Array, ""]
+
+    def update(
+        self, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
+    ) -> tuple["LayerCache", Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+        """Stores T tokens from `slot` on; the new cache and all of this layer's keys and values."""
+        keys, values = (self._put(x, y) for x, y in ((self.keys, k), (self.values, v)))
+        return dataclasses.replace(self, keys=keys, values=values), self._get(keys, k), self._get(values, v)
+
+    def _put(self, target: Array, new: Array) -> Array:
+        new = new.reshape(_drop_ones(new.shape[:2]) + new.shape[2:])
+        at = [0] * (new.ndim - 2) + [self.slot, 0]
+        if target.ndim > new.ndim:
+            new, at = new[None], [self.index, *at]
+        return jax.lax.dynamic_update_slice(target, new, at)
+
+    def _get(self, target: Array, new: Array) -> Array:
+        if target.ndim > len(_drop_ones(new.shape[:2])) + 2:
+            target = jax.lax.dynamic_index_in_dim(target, self.index, 0, keepdims=False)
+        return target.reshape(*new.shape[:2], *target.shape[-2:])
+
+
+def _drop_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n > 1)
+
 
 @struct.dataclass
 class KVCache:
     """Attributes:
-    keys, values: group name -> [L,B,K,S,H].
+    keys, values: group name -> [L,B,K,S,H] without axes of length 1, see `KeyValue`.
     memory: PVM layer (its group's name) -> projected keys and values [B,K,M,H], written when an image enters.
     memory_slots: [B,M] slot at which each visual token stands, -1 = none.
     filled: slots in use, the same in every row; `memory_filled` likewise for visual tokens.
@@ -27,8 +67,8 @@ class KVCache:
     next_position: [B] rotary position of the next token.
     """
 
-    keys: dict[str, Float[Array, "L B K S H"]]
-    values: dict[str, Float[Array, "L B K S H"]]
+    keys: dict[str, Float[Array, "... S H"]]
+    values: dict[str, Float[Array, "... S H"]]
     memory: dict[str, ProjectedMemory]
     memory_slots: Int[Array, "B M"]
     memory_filled: Int[Array, ""]
@@ -46,29 +86,15 @@ class KVCache:
     def memory_capacity(self) -> int:
         return self.memory_slots.shape[1]
 
-    def groups(self) -> dict[str, tuple[Array, Array]]:
+    def pairs(self) -> dict[str, KeyValue]:
         """Keys and values by group, as the decoder takes them."""
         return {name: (self.keys[name], self.values[name]) for name in self.keys}
 
-    def append(
-        self,
-        new: dict[str, tuple[Array, Array]],
-        valid: Bool[Array, "B T"],
-        visual: Bool[Array, "B T"],
-        next_position: Int[Array, " B"],
-    ) -> "KVCache":
-        """Writes the keys and values of T more tokens, [L,B,K,T,H] by group, behind what is there.
-
-        This is the only write of a step, after all reads: inside a loop XLA then updates the buffers in place.
-        """
-        at = (0, 0, 0, self.filled, 0)
+    def with_pairs(self, pairs: dict[str, KeyValue]) -> "KVCache":
+        """This state with the keys and values that the decoder returned."""
         return self.replace(
-            keys={name: jax.lax.dynamic_update_slice(x, new[name][0], at) for name, x in self.keys.items()},
-            values={name: jax.lax.dynamic_update_slice(x, new[name][1], at) for name, x in self.values.items()},
-            filled=self.filled + valid.shape[1],
-            valid=put(self.valid, valid, self.filled),
-            visual=put(self.visual, visual, self.filled),
-            next_position=next_position,
+            keys={name: pair[0] for name, pair in pairs.items()},
+            values={name: pair[1] for name, pair in pairs.items()},
         )
 
     def grow(self, capacity: int) -> "KVCache":
@@ -79,8 +105,8 @@ class KVCache:
             return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
 
         return self.replace(
-            keys={name: pad(x, 3) for name, x in self.keys.items()},
-            values={name: pad(x, 3) for name, x in self.values.items()},
+            keys={name: pad(x, x.ndim - 2) for name, x in self.keys.items()},
+            values={name: pad(x, x.ndim - 2) for name, x in self.values.items()},
             valid=pad(self.valid, 1),
             visual=pad(self.visual, 1),
         )
@@ -96,11 +122,10 @@ def init_cache(
 ) -> KVCache:
     """An empty cache for `capacity` tokens and `memory_capacity` visual tokens a row."""
     text, pvm = config.text, config.pvm
-    names = {group_name(g): len(g) for g in config.layer_groups(scan)}
-    kv = {
-        name: jnp.zeros((n, batch_size, text.num_key_value_heads, capacity, text.head_dim), dtype)
-        for name, n in names.items()
-    }
+    kv = {}
+    for group in config.layer_groups(scan):
+        lead = _drop_ones((len(group), batch_size, text.num_key_value_heads))
+        kv[group_name(group)] = jnp.zeros((*lead, capacity, text.head_dim), dtype)
     memory = {}
     if pvm:
         shape = (batch_size, pvm.num_key_value_heads, pvm.slots or memory_capacity, pvm.head_dim)

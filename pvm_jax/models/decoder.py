@@ -13,12 +13,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pvm_jax.config import ModelConfig, PVMConfig, TextConfig
 from pvm_jax.models import rope
 from pvm_jax.models.attention import attention
+from pvm_jax.models.cache import KeyValue, LayerCache
 from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
 from pvm_jax.models.pvm import ProjectedMemory, PVMBlock
 from pvm_jax.models.stack import group_layers, group_name, scan_layers, unstack
-
-# Keys and values: [B,K,S,H] of a layer, or [L,B,K,S,H] of a group.
-KeyValue = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +25,7 @@ class Context:
 
     Attributes:
       cos, sin: [B,T,H/2] rotary tables in the compute dtype.
-      mask: [B,T,T] self-attention among the tokens of this pass.
-      past_mask: [B,T,S] self-attention to the cache; None without one.
+      mask: [B,T,S] self-attention, to the tokens of this pass or, with a cache, to its slots.
       is_text: [B,T] False at image tokens.
       visual_index: [B,T] visual token at each place, -1 = text; None in a decode step (nothing to add).
       memory_mask: [B,T,M] what PVM may retrieve; None without PVM.
@@ -36,11 +33,10 @@ class Context:
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B T T"]
+    mask: Bool[Array, "B T S"]
     is_text: Bool[Array, "B T"]
     visual_index: Int[Array, "B T"] | None
     memory_mask: Bool[Array, "B T M"] | None
-    past_mask: Bool[Array, "B T S"] | None = None
 
 
 def take_visual(features: Float[Array, "B M D"], visual_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -61,15 +57,16 @@ class SelfAttention(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(
-        self, x: Float[Array, "B T D"], ctx: Context, past: KeyValue | None
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Output, and the keys and values of x [B,K,T,H] for the cache."""
+        self, x: Float[Array, "B T D"], ctx: Context, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         q = rms_norm(einsum("BTD,NHD->BTNH", x, self.q_proj), self.q_norm, self.eps)
         k = rms_norm(einsum("BTD,KHD->BTKH", x, self.k_proj), self.k_norm, self.eps)
         q, k = (rope.rotate(y, ctx.cos, ctx.sin) for y in (q, k))
         k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
-        out = attention(q, k, v, ctx.mask, None if past is None else (*past, ctx.past_mask))
-        return einsum("BTNH,DNH->BTD", out, self.o_proj), (k, v)
+        if cache is not None:
+            cache, k, v = cache.update(k, v)
+        out = attention(q, k, v, ctx.mask)
+        return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
 
 
 class DecoderLayer(nnx.Module):
@@ -86,11 +83,11 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         ctx: Context,
-        past: KeyValue | None,
+        cache: LayerCache | None,
         deepstack: Float[Array, "B M D"] | None,
         memory: ProjectedMemory | None,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        out, new = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), ctx, past)
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        out, cache = self.self_attn(rms_norm(x, self.input_layernorm, self.eps), ctx, cache)
         h = x + out
         y = self.mlp(rms_norm(h, self.post_attention_layernorm, self.eps))
         if memory is not None:
@@ -99,7 +96,7 @@ class DecoderLayer(nnx.Module):
         x = h + y
         if deepstack is not None:
             x = x + jnp.where(ctx.is_text[..., None], 0, take_visual(deepstack, ctx.visual_index))
-        return x, new
+        return x, cache
 
 
 class Decoder(nnx.Module):
@@ -132,23 +129,27 @@ class Decoder(nnx.Module):
         deepstack: Float[Array, "n B M D"] | None,
         memory: dict[str, ProjectedMemory],
         cache: dict[str, KeyValue] | None = None,
-    ) -> tuple[Float[Array, "B T D"], dict[str, KeyValue]]:
-        """Hidden states after the final norm, and the keys and values of x by group, [L,B,K,T,H].
+        slot: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, KeyValue | None]]:
+        """Hidden states after the final norm, and the cache with the keys and values of x written at `slot`.
 
         `deepstack` is None in a decode step: text tokens receive nothing from it.
         """
-        new = {}
+        new_cache = {}
         taps = 0 if deepstack is None else deepstack.shape[0]
         for name, stacked in self.layers.items():
             layers = group_layers(name)
             features = deepstack[layers.start : layers.stop] if layers.start < taps else None
-            past = cache[name] if cache is not None else None
-            apply = functools.partial(_apply_layer, ctx, memory.get(name), cache is not None)
-            x, new[name] = scan_layers(stacked, apply, x, (past, features), remat=self.remat)
-        return rms_norm(x, self.norm, self.eps), new
+            pair = None if cache is None else cache[name]
+            apply = functools.partial(_apply_layer, ctx, memory.get(name), slot)
+            inputs = (jnp.arange(len(layers)), features)
+            x, new_cache[name] = scan_layers(stacked, apply, (x, pair), inputs, remat=self.remat)
+        return rms_norm(x, self.norm, self.eps), new_cache
 
 
-def _apply_layer(ctx: Context, memory: ProjectedMemory | None, keep: bool, layer: DecoderLayer, x, inputs):
-    past, deepstack = inputs
-    x, new = layer(x, ctx, past, deepstack, memory)
-    return x, new if keep else None
+def _apply_layer(ctx: Context, memory: ProjectedMemory | None, slot, layer: DecoderLayer, carry, inputs):
+    x, pair = carry
+    index, deepstack = inputs
+    cache = None if pair is None else LayerCache(*pair, slot, index)
+    x, cache = layer(x, ctx, cache, deepstack, memory)
+    return x, None if cache is None else (cache.keys, cache.values)

@@ -97,51 +97,61 @@ class Qwen3VL(nnx.Module):
         Rows hold one sample each (segment ids 1, then 0); `batch.positions` count from `cache.next_position`. The
         caller makes sure that T more tokens and M more visual tokens fit.
         """
+        real = batch.segment_ids > 0
         is_visual = batch.visual_index >= 0
         visual = self.encode_images(batch)
         columns = cache.filled + jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+        positions = batch.positions + cache.next_position[:, None]
         slots = jnp.where(batch.memory_index >= 0, batch.memory_index + cache.filled, -1)
-        cache = cache.replace(
+        last = jnp.max(jnp.where(real, positions, -1), axis=(0, 2))
+        new = cache.replace(
             memory=self._append_memory(cache, self.text.project_memory(visual.tokens)),
             memory_slots=kv.put(cache.memory_slots, slots, cache.memory_filled),
             memory_filled=cache.memory_filled + batch.memory_index.shape[1],
+            filled=cache.filled + batch.tokens.shape[1],
+            valid=kv.put(cache.valid, real, cache.filled),
+            visual=kv.put(cache.visual, is_visual, cache.filled),
             vision_masked=batch.vision_masked,
+            next_position=jnp.maximum(cache.next_position, last + 1),
         )
-        positions = batch.positions + cache.next_position[:, None]
-        memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
-        hidden_past = hide_vision(is_visual, cache.visual, batch.vision_masked)
+        causal = jnp.arange(cache.capacity) <= columns[:, :, None]
+        hidden_vision = hide_vision(is_visual, new.visual, batch.vision_masked)
+        memory_ids = (new.memory_slots >= 0).astype(jnp.int32)
         ctx = self._context(
             batch,
             positions,
-            mask=packed_causal_mask(batch.segment_ids, is_visual, batch.vision_masked),
-            past_mask=cache.valid[:, None, :] & ~hidden_past,
-            memory_mask=self._memory_mask(columns, batch.segment_ids, cache.memory_slots, memory_ids),
+            mask=new.valid[:, None, :] & causal & ~hidden_vision,
+            memory_mask=self._memory_mask(columns, batch.segment_ids, new.memory_slots, memory_ids),
         )
-        real = batch.segment_ids > 0
-        end = jnp.max(jnp.where(real, positions, -1), axis=(0, 2)) + 1
-        hidden, new = self.text(self._embed(batch, visual), ctx, visual.deepstack, cache.memory, cache.groups())
-        return hidden, cache.append(new, real, is_visual, jnp.maximum(cache.next_position, end))
+        x = self._embed(batch, visual)
+        hidden, pairs = self.text(x, ctx, visual.deepstack, new.memory, cache.pairs(), cache.filled)
+        return hidden, new.with_pairs(pairs)
 
     def decode(self, tokens: Int[Array, " B"], cache: kv.KVCache) -> tuple[Float[Array, "B D"], kv.KVCache]:
         """Appends one text token to every row; its hidden state [B,D]."""
         rows = tokens.shape[0]
-        cos, sin = self._rope(jnp.broadcast_to(cache.next_position[:, None], (3, rows, 1)))
         yes = jnp.ones((rows, 1), bool)
+        new = cache.replace(
+            filled=cache.filled + 1,
+            valid=kv.put(cache.valid, yes, cache.filled),
+            visual=kv.put(cache.visual, ~yes, cache.filled),
+            next_position=cache.next_position + 1,
+        )
+        cos, sin = self._rope(jnp.broadcast_to(cache.next_position[:, None], (3, rows, 1)))
         # Every stored visual token stands before this one.
         columns = jnp.full((rows, 1), cache.filled)
         memory_ids = (cache.memory_slots >= 0).astype(jnp.int32)
         ctx = Context(
             cos=cos,
             sin=sin,
-            mask=yes[:, None],
-            past_mask=(cache.valid & ~(cache.visual & cache.vision_masked[:, None]))[:, None],
+            mask=(new.valid & ~(new.visual & cache.vision_masked[:, None]))[:, None],
             is_text=yes,
             visual_index=None,
             memory_mask=self._memory_mask(columns, yes.astype(jnp.int32), cache.memory_slots, memory_ids),
         )
         x = self.text.embed_tokens[...][tokens][:, None].astype(self.dtype)
-        hidden, new = self.text(x, ctx, None, cache.memory, cache.groups())
-        return hidden[:, 0], cache.append(new, yes, ~yes, cache.next_position + 1)
+        hidden, pairs = self.text(x, ctx, None, cache.memory, cache.pairs(), cache.filled)
+        return hidden[:, 0], new.with_pairs(pairs)
 
     def _embed(self, batch: Batch, visual: VisualTokens) -> Float[Array, "B T D"]:
         x = self.text.embed_tokens[...][batch.tokens].astype(self.dtype)
@@ -153,10 +163,9 @@ class Qwen3VL(nnx.Module):
         cos, sin = rope.mrope(positions, text.head_dim, text.rope_theta, text.mrope_section)
         return cos.astype(self.dtype), sin.astype(self.dtype)
 
-    def _context(self, batch: Batch, positions, mask, memory_mask, past_mask=None) -> Context:
+    def _context(self, batch: Batch, positions, mask, memory_mask) -> Context:
         cos, sin = self._rope(positions)
-        is_text = batch.visual_index < 0
-        return Context(cos, sin, mask, is_text, batch.visual_index, memory_mask, past_mask)
+        return Context(cos, sin, mask, batch.visual_index < 0, batch.visual_index, memory_mask)
 
     def _memory_mask(self, columns, segment_ids, memory_index, memory_segment_ids) -> Array | None:
         pvm = self.config.pvm

@@ -28,13 +28,13 @@ def unstack(stacked: nnx.Module) -> nnx.Module:
 
 def scan_layers(
     stacked: nnx.Module,
-    apply: Callable[[Any, Carry, Any], tuple[Carry, Any]],
+    apply: Callable[[Any, Carry, Any], Carry],
     carry: Carry,
     per_layer: Any = None,
     *,
     remat: bool = False,
-) -> tuple[Carry, Any]:
-    """Runs `carry, out = apply(layer, carry, per_layer[i])` over the L layers of a group; outs are stacked.
+) -> Carry:
+    """Runs `carry = apply(layer, carry, per_layer[i])` over the L layers of a group.
 
     A group of one layer is not a loop: taking layer 0 of a stack of one is free, while XLA:CPU copies what a loop
     slices out of a stack. `remat` keeps only the carries for the backward pass.
@@ -43,11 +43,10 @@ def scan_layers(
 
     def body(carry, inputs):
         params, extra = inputs
-        return apply(nnx.merge(graphdef, params), carry, extra)
+        return apply(nnx.merge(graphdef, params), carry, extra), None
 
     if remat:
         body = jax.checkpoint(body, prevent_cse=False)
     if jax.tree.leaves(params)[0].shape[0] == 1:
-        carry, out = body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))
-        return carry, jax.tree.map(lambda x: x[None], out)
-    return jax.lax.scan(body, carry, (params, per_layer))
+        return body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))[0]
+    return jax.lax.scan(body, carry, (params, per_layer))[0]

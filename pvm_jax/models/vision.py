@@ -134,7 +134,7 @@ class VisionTower(nnx.Module):
 
         deepstack = []
         for last, blocks in zip(self.last_block, self.blocks.values()):
-            x, _ = scan_layers(blocks, lambda block, x, _: (block(x, cos, sin, mask), None), x, remat=self.remat)
+            x = scan_layers(blocks, lambda block, x, _: block(x, cos, sin, mask), x, remat=self.remat)
             if last in config.deepstack_visual_indexes:
                 deepstack.append(self.deepstack_merger_list[str(len(deepstack))](x))
         tokens = self.merger(x)
