@@ -1,0 +1,40 @@
+# `make demo` runs the main job, `make test` the tests; both set up everything they need in .venv.
+PYTHON ?= python3
+PY := .venv/bin/python
+WORKERS ?= 2
+
+.PHONY: test lint demo base bench clean
+
+test: .venv/.test lint
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+lint: .venv/.test
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+# Convert, train PVM and its control, evaluate, generate, export: tables and pictures under runs/demo.
+demo: .venv/.demo
+	PYTHON=$(PY) bash demo.sh
+
+# Trains the checkpoint in assets/ again.
+base: .venv/.demo
+	$(PY) -m pvm_jax.data.prepare_digits runs/data --configs=base
+	$(PY) train.py --config=configs/digits_base.py --workdir=runs/digits-base
+	$(PY) -m pvm_jax.convert to_hf runs/digits-base runs/digits-base-hf
+
+# Ratios against transformers; a quiet machine, about ten minutes.
+bench: .venv/.test
+	$(PY) benchmarks/vs_transformers.py
+
+.venv/.test: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --editable '.[demo,test]'
+	touch $@
+
+.venv/.demo: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+clean:
+	rm -rf .venv runs
