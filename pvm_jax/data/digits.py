@@ -1,0 +1,91 @@
+"""TFDS builder of the digit mosaics (`digits_task.py`); needs neither TensorFlow nor a download.
+
+`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/1.0.0`, to be read by
+`tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64, 128 and 256
+tokens; test answers by length, the longest 490-505), `base` what the tiny base model is trained on. Features of a row:
+
+    image      192x192 PNG
+    question   the user's text
+    answer     the assistant's text
+    metadata   JSON: style, order, labels of the 36 cells, cells read, `digit_spans` and `no_loss` (`[start, end)` in
+               characters of the answer: the digits read off the image; the words that take no loss)
+"""
+
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from pvm_jax.data.digits_task import Spec, make_example
+
+SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
+    "demo": {
+        "sft_64": (2400, Spec("train", 64, verbose=0.0)),
+        "sft_128": (1600, Spec("train", 128)),
+        "sft_256": (1200, Spec("train", 256, verbose=0.75)),
+        "test_64": (128, Spec("test", 64)),
+        "test_128": (96, Spec("test", 128, 66, verbose=0.5)),
+        "test_256": (96, Spec("test", 256, 140, verbose=1.0)),
+        "test_505": (96, Spec("test", 505, 490, verbose=1.0)),
+    },
+    "base": {
+        "easy": (4800, Spec("train", 64, blocks=0.4)),
+        "short": (8000, Spec("train", 64)),
+        "chains": (1200, Spec("train", 505, verbose=0.75, blank=True)),
+    },
+}
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """Mosaics of scikit-learn's handwritten digits, with questions, reasoning and answers."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "question": tfds.features.Text(),
+            "answer": tfds.features.Text(),
+            "metadata": tfds.features.Text(),
+        }
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager) -> dict[str, Iterator]:
+        splits = SPLITS[self.builder_config.name]
+        return {name: self._generate_examples(name, *splits[name]) for name in splits}
+
+    def _generate_examples(self, split: str, count: int, spec: Spec) -> Iterator[tuple[int, dict]]:
+        for i in range(count):
+            # Each row has its own generator: a longer split begins with the rows of a shorter one.
+            example = make_example(np.random.default_rng([zlib.crc32(split.encode()), i]), spec)
+            yield (
+                i,
+                {
+                    "image": _png(example.image),
+                    "question": example.question,
+                    "answer": example.answer,
+                    "metadata": json.dumps(example.metadata(), separators=(",", ":")),
+                },
+            )
+
+
+def _png(gray: np.ndarray) -> bytes:
+    """An RGB file, encoded for speed."""
+    file = io.BytesIO()
+    Image.fromarray(gray).convert("RGB").save(file, "png", compress_level=1)
+    return file.getvalue()
+
+
+def prepare(data_dir: str | Path, config: str = "demo") -> Path:
+    """Writes one config of the data set unless it is there; returns the directory to read it from."""
+    if config not in SPLITS:
+        raise ValueError(f"digits have the configs {list(SPLITS)}, got {config!r}")
+    builder = Digits(data_dir=str(data_dir), config=config, file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_dir)

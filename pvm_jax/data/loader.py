@@ -1,0 +1,269 @@
+"""Batches as a pure function of (seed, step): draw, encode, pack.
+
+    loader = Loader([Stream(source, samples=64, length=(2048, 4096), patches=8192)], processor, seed=0)
+    batch, info = loader.batch(17)                 # the same after a restart, on any number of threads
+    for batch, info in loader.prefetch(17): ...    # the same batches, made ahead of time
+    for batch, info in loader.epoch(): ...         # evaluation: in order, every sample exactly once
+
+Nothing is remembered between calls, so a run that resumes at step 17 needs no data state in its checkpoint.
+A sample is never cut: one that fits no bucket is left out and reported, or is an error (`overlong`).
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pvm_jax.data.batch import Batch
+from pvm_jax.data.images import DataError
+from pvm_jax.data.order import Schedule, permutation, uniform
+from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
+from pvm_jax.data.placement import place
+from pvm_jax.data.sources import Source
+
+ACTIONS = ("skip", "error")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One source and the shapes of its batches. `length` and `patches` are one bucket or several."""
+
+    source: Source
+    samples: int  # of the source's order, in each batch
+    length: int | Sequence[int]  # T: tokens a row
+    patches: int | Sequence[int]  # P: vision patches a row, a multiple of 4
+    rows: int | None = None  # B; None: the fewest that hold the samples, rounded up to `row_multiple`
+    vision_masked: float = 0.0  # visual attention dropout: the share of batches whose `vision_masked` is set
+    start: int = 0  # takes part in steps start <= step < stop
+    stop: int | None = None
+    name: str = "train"  # for messages
+
+    def __post_init__(self):
+        for field in ("length", "patches"):
+            value = getattr(self, field)
+            buckets = (value,) if isinstance(value, int) else tuple(sorted(value))
+            if not buckets or buckets[0] < 1:
+                raise DataError(f"stream {self.name!r}: {field} needs positive buckets, got {value}")
+            object.__setattr__(self, field, buckets)
+        if any(p % PATCHES_PER_TOKEN for p in self.patches):
+            raise DataError(f"stream {self.name!r}: patches must be multiples of 4, got {self.patches}")
+        for field, least in (("samples", 1), ("rows", 1), ("start", 0), ("stop", self.start + 1)):
+            value = getattr(self, field)
+            if value is not None and value < least:
+                raise DataError(f"stream {self.name!r}: {field} must be at least {least}, got {value}")
+        if not 0.0 <= self.vision_masked <= 1.0:
+            raise DataError(f"stream {self.name!r}: vision_masked is a share, 0 to 1, got {self.vision_masked}")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchInfo:
+    """What is in a batch, for logs, for joining per-sample results, and for naming the culprit of a bad step."""
+
+    step: int  # of the run; in `Loader.epoch`, the number of the batch
+    stream: str
+    epoch: int  # of the batch's first sample
+    rows: tuple[tuple[int, ...], ...]  # index in the source of each sample: row by row, in order of segment id
+    ids: tuple[str, ...]  # the same samples' ids, flat
+    skipped: tuple[tuple[str, str], ...]  # (id, reason) of samples left out
+    tokens: int  # that are not padding
+    shape: tuple[int, int, int]  # B, T, P
+    vision_masked: bool
+
+    @property
+    def samples(self) -> int:
+        return len(self.ids)
+
+    @property
+    def padding(self) -> float:
+        """Share of the batch's B * T tokens that is padding."""
+        return 1.0 - self.tokens / (self.shape[0] * self.shape[1])
+
+
+class Loader:
+    """Streams of samples in, packed batches of static shape out.
+
+    Args:
+      streams: those active at a step take turns, in this order.
+      processor: `pvm_jax.data.processor.Processor`, or anything with its `encode`.
+      seed: >= 0; decides the order of samples and which batches have vision masked.
+      loss_normalization: "sample" or "token", see `packing.loss_weights`.
+      overlong: a sample that exceeds the largest bucket is left out ("skip") or ends the run ("error").
+      bad_rows: the same choice for rows that cannot be read (a missing image, an empty answer, ...).
+      pack: False: one sample a row.
+      row_multiple: the number of rows is a multiple of this; the mesh's data and fsdp axes must divide B.
+      threads: that encode samples; the batches do not depend on it.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[Stream],
+        processor: Any,
+        *,
+        seed: int,
+        loss_normalization: str = "sample",
+        overlong: str = "skip",
+        bad_rows: str = "error",
+        pack: bool = True,
+        row_multiple: int = 1,
+        threads: int = 2,
+    ):
+        for field, value in (("overlong", overlong), ("bad_rows", bad_rows)):
+            if value not in ACTIONS:
+                raise DataError(f"{field} must be one of {', '.join(ACTIONS)}; got {value!r}")
+        if seed < 0:
+            raise DataError(f"seed must not be negative, got {seed}")
+        for stream in streams:
+            if not len(stream.source):
+                raise DataError(f"stream {stream.name!r}: the data set is empty")
+            if stream.rows and stream.rows % row_multiple:
+                raise DataError(
+                    f"stream {stream.name!r}: rows = {stream.rows} is not a multiple of {row_multiple}, "
+                    "over which the mesh splits a batch"
+                )
+        self.streams = tuple(streams)
+        self._processor = processor
+        self._seed = seed
+        self._loss_normalization = loss_normalization
+        self._skip_overlong = overlong == "skip"
+        self._skip_bad_rows = bad_rows == "skip"
+        self._pack = pack
+        self._row_multiple = row_multiple
+        self._pool = ThreadPoolExecutor(threads, "encode")
+        self._schedule = Schedule([(s.start, s.stop) for s in streams])
+        self._permutation = functools.lru_cache(2 * len(streams))(permutation)  # a batch may span two epochs
+
+    def steps_per_epoch(self) -> int:
+        """The fewest steps from 0 after which every stream without a `stop` has given each of its samples."""
+        return self._schedule.first_step_with([-(-len(s.source) // s.samples) for s in self.streams])
+
+    def batch(self, step: int) -> tuple[Batch, BatchInfo]:
+        """The batch of a step: always the same one.
+
+        Raises:
+          DataError: no stream is active, a row cannot be used, a sample is over-long and `overlong` is "error", all
+            samples of the step were left out, or they do not fit the stream's `rows`.
+        """
+        number, turn = self._schedule.turn(step)
+        stream = self.streams[number]
+        size = len(stream.source)
+        places = range(turn * stream.samples, (turn + 1) * stream.samples)
+        indices = [int(self._permutation(size, self._seed, number, 0, p // size)[p % size]) for p in places]
+        masked = uniform(self._seed, number, 1, turn) < stream.vision_masked
+        return self._make(stream, indices, step, turn * stream.samples // size, masked)
+
+    def epoch(self, stream: int = 0, depth: int = 2) -> Iterator[tuple[Batch, BatchInfo]]:
+        """Every sample of a stream exactly once, in the source's order and without shuffling, for evaluation.
+
+        `samples` at a time. The last batch has as many rows as the others if `rows` is set or `pack` is False.
+        """
+        chosen = self.streams[stream]
+        parts = [
+            range(i, min(i + chosen.samples, len(chosen.source))) for i in range(0, len(chosen.source), chosen.samples)
+        ]
+        masked = chosen.vision_masked == 1.0
+        return _ahead(lambda i: self._make(chosen, parts[i], i, 0, masked), range(len(parts)), depth)
+
+    def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Iterator[tuple[Batch, BatchInfo]]:
+        """`batch(start)`, `batch(start + 1)`, ... made up to `depth` steps ahead in a thread.
+
+        An error of a step is raised when that step is asked for. Closing the iterator ends the thread.
+        """
+        return _ahead(self.batch, itertools.count(start) if stop is None else range(start, stop), depth)
+
+    def _make(
+        self, stream: Stream, indices: Sequence[int], step: int, epoch: int, masked: bool
+    ) -> tuple[Batch, BatchInfo]:
+        samples = list(self._pool.map(lambda index: self._sample(stream, index), indices))
+        kept = [sample for sample in samples if sample.reason is None]
+        skipped = tuple((sample.id, sample.reason) for sample in samples if sample.reason is not None)
+        if not kept:
+            raise DataError(f"step {step}: all {len(samples)} samples were left out; the first: {skipped[0][1]}")
+        rows = stream.rows
+        if rows is None and not self._pack:  # the same shape whether or not samples were left out
+            rows = -(-stream.samples // self._row_multiple) * self._row_multiple
+        try:
+            placed = place(
+                [_size(sample.encoded) for sample in kept],
+                stream.length,
+                stream.patches,
+                rows,
+                self._row_multiple,
+                self._pack,
+            )
+        except DataError as error:
+            raise DataError(f"stream {stream.name!r}, step {step}: {error}") from None
+        batch = collate(
+            [[kept[i].encoded for i in row] for row in placed.rows],
+            length=placed.length,
+            patches=placed.patches,
+            loss_normalization=self._loss_normalization,
+            vision_masked=masked,
+        )
+        order = [kept[i] for row in placed.rows for i in row]
+        info = BatchInfo(
+            step=step,
+            stream=stream.name,
+            epoch=epoch,
+            rows=tuple(tuple(kept[i].index for i in row) for row in placed.rows),
+            ids=tuple(sample.id for sample in order),
+            skipped=skipped,
+            tokens=sum(len(sample.encoded.tokens) for sample in kept),
+            shape=(len(placed.rows), placed.length, placed.patches),
+            vision_masked=masked,
+        )
+        return batch, info
+
+    def _sample(self, stream: Stream, index: int) -> "_Sample":
+        """The encoded sample, or the reason why it is left out."""
+        where = record_id = stream.source.describe(index)
+        try:
+            record = stream.source[index]
+            record_id = record["id"]
+            encoded = self._processor.encode(record)
+        except DataError as error:
+            message = str(error) if where in str(error) else f"{where}: {error}"
+            if not self._skip_bad_rows:
+                raise DataError(message) from None
+            return _Sample(index, record_id, None, message)
+        for count, name, buckets in zip(_size(encoded), ("length", "patches"), (stream.length, stream.patches)):
+            if count > buckets[-1]:
+                unit = "tokens" if name == "length" else "vision patches"
+                message = (
+                    f"{where}: sample {record_id} has {count} {unit}, more than the largest bucket of stream "
+                    f"{stream.name!r}; raise data.{name} (now {', '.join(map(str, buckets))}), lower max_pixels, or "
+                    "let data.overlong be 'skip'"
+                )
+                if not self._skip_overlong:
+                    raise DataError(message)
+                return _Sample(index, record_id, None, message)
+        return _Sample(index, record_id, encoded, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    index: int  # in the source
+    id: str
+    encoded: Encoded | None  # None if left out
+    reason: str | None
+
+
+def _size(encoded: Encoded) -> tuple[int, int]:
+    return len(encoded.tokens), len(encoded.patches)
+
+
+def _ahead(make: Callable[[int], Any], steps: Iterable[int], depth: int) -> Iterator[Any]:
+    """make(step) for each step, in order; up to `depth` of them are made in a thread before they are asked for."""
+    steps = iter(steps)
+    with ThreadPoolExecutor(1, "batches") as worker:  # leaving the block waits for the batch being made
+        pending = deque(worker.submit(make, step) for step in itertools.islice(steps, depth))
+        try:
+            while pending:
+                made = pending.popleft().result()
+                pending.extend(worker.submit(make, step) for step in itertools.islice(steps, 1))
+                yield made
+        finally:
+            for future in pending:
+                future.cancel()
