@@ -1,0 +1,53 @@
+"""The files beside a model's weights, and directories that appear complete or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Everything that can describe a model, a tokenizer or a processor; no weights and no code.
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_NOT_CARRIED = ("config.json", "base.json")
+
+
+@contextlib.contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A temporary directory beside `final` that takes its name at the end, and goes away on any failure.
+
+    Raises:
+      FileExistsError: `final` exists.
+    """
+    if final.exists():
+        raise FileExistsError(f"{final}: expected a directory that does not exist yet; remove it or name another")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        yield partial
+        partial.chmod(0o777 & ~_umask())  # mkdtemp made it private
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copies tokenizer, processor and generation files and the licence; not config.json, which the caller writes."""
+    for file in sorted(source.iterdir()):
+        carried = file.suffix in _SUFFIXES or file.name.startswith("LICENSE")
+        skipped = file.name in _NOT_CARRIED or file.name.endswith(".index.json")
+        if file.is_file() and carried and not skipped:
+            shutil.copyfile(file, target / file.name)
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
