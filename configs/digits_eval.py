@@ -1,0 +1,41 @@
+"""Evaluation on digit mosaics of digits that were never trained on, by length of the answer.
+
+Launch, from the repository's root:
+    python -m pvm_jax.data.prepare_digits runs/data
+    python eval.py --config=configs/digits_eval.py --workdir=runs/eval-base --config.checkpoint=assets/digits_base
+    python -m pvm_jax.evals.compare runs/eval-*/digits.json --out=runs/reads.png
+
+Splits: answers of 7-64, 66-128, 140-256 and 490-505 tokens. What is measured: pvm_jax/evals/digits.py.
+
+Argument `smoke`: two samples a split.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    if argument not in ("", "smoke"):
+        raise ValueError(f"configs/digits_eval.py: expected no argument or smoke, got {argument!r}")
+    smoke = argument == "smoke"
+    config = ConfigDict(
+        {
+            "checkpoint": placeholder(str),  # Hugging Face directory, native checkpoint, or training workdir
+            "dtype": placeholder(str),  # None: float32 on CPUs, bfloat16 on accelerators
+            "processor": {"min_pixels": placeholder(int), "max_pixels": placeholder(int)},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: the devices that are left
+            "evals": {
+                "digits": {
+                    "module": "pvm_jax.evals.digits",
+                    "path": "runs/data/digits/demo/1.0.0",
+                    "splits": ("test_64", "test_128", "test_256", "test_505"),
+                    "conditions": ("normal", "vision_masked", "other_memory"),
+                    "samples": 2 if smoke else 16,
+                    "length": (576,) if smoke else (320, 576),
+                    "patches": (144,),
+                    "limit": 2 if smoke else placeholder(int),
+                }
+            },
+        }
+    )
+    return config.lock()

@@ -1,0 +1,170 @@
+"""From a configuration to a model, its parameters and the plug-ins, for `train.py`."""
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pvm_jax.checkpoint import Checkpoint, load_params
+from pvm_jax.config import ModelConfig
+from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.sharding import param_shardings
+from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
+from pvm_jax.training.stage import Fraction, Setup, Stage, TrainingError
+
+Evaluate = Callable[[nnx.Module], Mapping[str, Fraction]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """`config.model`.
+
+    Attributes:
+      path: a model directory.
+      init: "checkpoint", or "random": only config, tokenizer and processor come from the path.
+      random_init: initializer of random matrices: "normal" (N(0, 0.02)) or "fan_in".
+      dtype: compute dtype and dtype of frozen parameters; None: float32 on CPUs, bfloat16 on accelerators.
+      remat: recompute layers in the backward pass.
+    """
+
+    path: str | None
+    init: str = "checkpoint"
+    random_init: str = "normal"
+    dtype: str | None = None
+    remat: bool = False
+
+    def __post_init__(self):
+        if not self.path:
+            raise TrainingError("config.model.path: expected a model directory; pass --config.model.path=DIR")
+        for name, known in (("init", ("checkpoint", "random")), ("random_init", ("normal", "fan_in"))):
+            if getattr(self, name) not in known:
+                raise TrainingError(f"config.model.{name}: expected one of {known}, got {getattr(self, name)!r}")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise TrainingError(f"config.model.dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+class Blueprint:
+    """The model of a run before it has values: its parts, and where each parameter lies."""
+
+    def __init__(self, config: ModelConfig, options: ModelOptions, stage: Stage, table: Table, mesh: Mesh):
+        self._config, self._options, self._stage = config, options, stage
+        abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
+        self.partition = Partition(abstract, table)
+        if options.init == "random" and self.partition.frozen:
+            raise TrainingError(
+                f"config.model.init='random' with {len(self.partition.frozen)} frozen parameters, e.g. "
+                f"{self.partition.frozen[0]!r}: checkpoints keep what is trained, so they would be lost; "
+                "let config.freeze train everything, or start from a checkpoint"
+            )
+        # The stage's own parameters are small: they lie on every device.
+        self.shardings = {
+            name: NamedSharding(mesh, PartitionSpec()) for name in (*self.partition.trainable, *self.partition.frozen)
+        }
+        model = nnx.state(nnx.eval_shape(lambda: self._model(nnx.Rngs(0))))
+        self._model_names = tuple(flatten(model))
+        self.shardings |= {n: v.get_value() for n, v in flatten(param_shardings(model, mesh)).items()}
+        trainable = set(self.partition.trainable)
+        self.abstract = {
+            name: jax.ShapeDtypeStruct(
+                variable.shape,
+                jnp.float32 if name in trainable else options.compute_dtype,
+                sharding=self.shardings[name],
+            )
+            for name, variable in flatten(nnx.state(abstract)).items()
+        }
+
+    def parameters(self, source: Checkpoint, seed: int, names: tuple[str, ...]) -> Arrays:
+        """Values of `names`: from the checkpoint, or random by `seed`; made where they lie.
+
+        Parameters that the stage adds are random in either case.
+        """
+        from_disk = {n for n in names if n in self._model_names and self._options.init == "checkpoint"}
+        loaded = load_params(source, {n: self.abstract[n] for n in names if n in from_disk}) if from_disk else {}
+        made = self._random(seed, tuple(n for n in names if n not in from_disk))
+        return {name: loaded.get(name, made.get(name)) for name in names}
+
+    def _random(self, seed: int, names: tuple[str, ...]) -> Arrays:
+        if not names:
+            return {}
+
+        def values(key: jax.Array) -> Arrays:
+            variables = flatten(nnx.state(self._build(nnx.Rngs(key))))
+            return {name: variables[name].get_value().astype(self.abstract[name].dtype) for name in names}
+
+        return jax.jit(values, out_shardings={n: self.shardings[n] for n in names})(jax.random.key(seed))
+
+    def _model(self, rngs: nnx.Rngs) -> Qwen3VL:
+        options = self._options
+        return Qwen3VL(
+            self._config, rngs=rngs, dtype=options.compute_dtype, remat=options.remat, init=options.random_init
+        )
+
+    def _build(self, rngs: nnx.Rngs) -> nnx.Module:
+        model = self._model(rngs)
+        extra = self._stage.make_extra(rngs)
+        if extra is not None:
+            model.extra = extra
+        return model
+
+
+def plug_in(module: str, function: str, key: str) -> Callable[..., Any]:
+    """`function` of the module that a configuration names.
+
+    Raises:
+      TrainingError: there is no such module or function.
+    """
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, something that it imports is not
+        raise TrainingError(f"{key}: expected a Python module, got {module!r} ({error})") from None
+    if not hasattr(found, function):
+        raise TrainingError(f"{key}: expected a module with a function {function}, and {module!r} has none")
+    return getattr(found, function)
+
+
+def load_stage(setup: Setup, options: Mapping[str, Any]) -> Stage:
+    """The stage that `config.stage` describes: its module, and that module's options."""
+    options = dict(options)
+    return plug_in(options.pop("module"), "make_stage", "config.stage.module")(setup, **options)
+
+
+def total_steps(steps: int | None, epochs: float, steps_per_epoch: int | None) -> int:
+    """`config.steps`, or as many as `config.epochs` takes."""
+    if steps is None and steps_per_epoch is None:
+        raise TrainingError("config.steps: expected a number, this stage has no epochs")
+    total = steps if steps is not None else math.ceil(epochs * steps_per_epoch)
+    if total < 1:
+        raise TrainingError(f"config.steps: expected at least one step, got {total}")
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One entry of `config.evals`; runs every `every` steps and after the last one."""
+
+    name: str
+    every: int
+    evaluate: Evaluate
+
+    @classmethod
+    def make(cls, name: str, processor: Any, options: Mapping[str, Any]) -> "Evaluator":
+        """`module` and `every` are ours, the rest goes to the module's `make_evaluator(processor, **options)`."""
+        options = dict(options)
+        make = plug_in(options.pop("module"), "make_evaluator", f"config.evals.{name}.module")
+        return cls(name, options.pop("every"), make(processor, **options))
+
+    def __call__(self, model: nnx.Module) -> dict[str, float]:
+        results = self.evaluate(model).items()
+        return {f"{self.name}/{metric}": float(total) / float(count) for metric, (total, count) in results if count}

@@ -1,0 +1,96 @@
+"""What a training stage supplies; the loop, optimizer, checkpoints, metrics and evaluators are shared.
+
+A stage is an input pipeline plus a loss, never a second trainer. Supervised fine-tuning reads its batches from
+files (`sft.py`); a reinforcement-learning stage samples them from the policy and returns the same `Batch`
+inside a larger pytree, with advantages beside it.
+
+A stage lives in a module of its own that has
+
+    def make_stage(setup: Setup, **options) -> Stage
+
+`config.stage.module` names that module and the other keys of `config.stage` become the options, so that a new
+stage needs no change to `train.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+from flax import nnx
+
+from pvm_jax.config import ModelConfig
+
+Fraction = tuple[Any, Any]
+"""A metric as (sum, count). Micro-batches, devices and hosts add both up; the division happens once, at the end."""
+
+
+class TrainingError(ValueError):
+    """A run that cannot start or go on; the message is one sentence that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What `train.py` hands to `make_stage`."""
+
+    model_config: ModelConfig
+    processor: Any  # pvm_jax.data.processor.Processor
+    data: Mapping[str, Any]  # config.data as a plain dictionary
+    seed: int
+    row_multiple: int = 1  # the rows of a batch divide by it: mesh data x fsdp x config.micro_batches
+
+
+@dataclasses.dataclass(frozen=True)
+class StageBatch:
+    """One optimizer step's worth of data, still on the host.
+
+    `batch` is a pytree of numpy arrays: a `Batch`, or a dataclass that holds one. The rows stand on the first
+    axis of every leaf, except in `positions`, where they stand on the second ([3,B,T]).
+    `ids` name the samples in the message of a non-finite loss. `tokens` counts those that are not padding.
+    With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own.
+    """
+
+    batch: Any
+    ids: tuple[str, ...]
+    tokens: int
+    label: str = ""
+    metrics: dict[str, Fraction] = dataclasses.field(default_factory=dict)
+
+
+class Loss(NamedTuple):
+    """`sum / count` is the loss; both are scalars, summed over the rows that `loss_fn` was given."""
+
+    sum: jax.Array
+    count: jax.Array
+    metrics: dict[str, tuple[jax.Array, jax.Array]]
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """One kind of training."""
+
+    steps_per_epoch: int | None
+    """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
+
+    def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        """Trainable parameters of the stage's own, e.g. heads that are dropped after training; usually None.
+
+        The loop attaches them as `model.extra`: `loss_fn` finds them there, the freezing table and checkpoints
+        call them `extra/...`, and exports leave them out.
+        """
+        ...
+
+    def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
+        """The batch of `step`, a pure function of (seed, step) and, for stages that sample, of the policy.
+
+        `policy()` is the model with its current weights. Resuming at step k calls `next_batch(k)` first.
+        """
+        ...
+
+    def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
+        """The loss of one micro-batch; pure, traced under `jax.jit` and `jax.grad`."""
+        ...
+
+    def close(self) -> None:
+        """Ends the threads of the input pipeline."""
+        ...

@@ -1,0 +1,120 @@
+"""Training: one loop for every stage.
+
+    python train.py --config=configs/sft.py:8b --workdir=DIR --config.model.path=CHECKPOINT --config.data.path=FILE
+
+Started again with the same flags, it goes on from the workdir's latest checkpoint, exactly.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from pvm_jax import cli
+from pvm_jax.checkpoint import open_checkpoint
+from pvm_jax.data.processor import Processor
+from pvm_jax.sharding import make_mesh
+from pvm_jax.training.checkpoints import Checkpoints
+from pvm_jax.training.freeze import describe
+from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
+from pvm_jax.training.report import Reporter, due
+from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, load_stage, total_steps
+from pvm_jax.training.stage import Setup
+from pvm_jax.training.step import abstract_state, init_state, make_update, put_batch
+from pvm_jax.training.workdir import claim, write_model
+
+config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/sft.py:8b.", lock_config=True)
+flags.DEFINE_string("workdir", None, "Directory of checkpoints and metrics; made if it is not there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    # ---- Configuration: plain values from here on ----------------------------------------------------------------
+    config = flags.FLAGS.config
+    resolved: dict[str, Any] = config.to_dict()
+    workdir = Path(flags.FLAGS.workdir)
+    seed, micro_batches = config.seed, config.micro_batches
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if config.distributed:
+        jax.distributed.initialize()
+    main_process = jax.process_index() == 0
+    say = print if main_process else lambda *_: None
+    for key, value in cli.leaves(resolved).items():
+        say(f"config.{key} = {value!r}")
+
+    # ---- Mesh, data, model ---------------------------------------------------------------------------------------
+    mesh = make_mesh(**resolved["mesh"])
+    options = ModelOptions(**resolved["model"])
+    source = open_checkpoint(options.path)
+    processor = Processor.from_pretrained(source.files, **resolved["processor"])
+    row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
+    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple)
+    stage = load_stage(setup, resolved["stage"])
+    blueprint = Blueprint(source.config, options, stage, config.freeze, mesh)
+    partition = blueprint.partition
+
+    # ---- Optimizer, evaluators, workdir --------------------------------------------------------------------------
+    steps = total_steps(config.steps, config.epochs, stage.steps_per_epoch)
+    adamw = OptimizerConfig(**resolved["optimizer"])
+    schedule = make_schedule(adamw, steps)
+    optimizer = make_optimizer(adamw, schedule, partition.trainable)
+    evaluators = [Evaluator.make(name, processor, entry) for name, entry in resolved["evals"].items()]
+    if main_process:
+        claim(workdir, resolved)
+        write_model(workdir, source, has_weights=options.init == "checkpoint")
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+
+    # ---- Parameters, in this order of precedence -----------------------------------------------------------------
+    # 1. the workdir's latest checkpoint: trainable parameters, optimizer and position; frozen parameters as in 2
+    # 2. config.model.path: a training workdir (what it trained over its own base), a native checkpoint, or
+    #    Hugging Face weights
+    # 3. config.model.init="random": random values by config.seed
+    frozen = blueprint.parameters(source, seed, partition.frozen)
+    start, meta = checkpoints.latest() or 0, {}
+    if start:
+        abstract = abstract_state(optimizer, {n: blueprint.abstract[n] for n in partition.trainable}, mesh)
+        state, meta = checkpoints.restore(start, abstract)
+        say(f"resuming from step {start} of {workdir}")
+    else:
+        state = init_state(optimizer, blueprint.parameters(source, seed, partition.trainable), mesh)
+    say(describe(state.trainable, frozen))
+
+    # ---- The loop ------------------------------------------------------------------------------------------------
+    update = jax.jit(make_update(stage, partition, optimizer, schedule, micro_batches), donate_argnums=0)
+    reporter = Reporter(
+        workdir, start, steps, every=config.log_every, main_process=main_process, sums=meta.get("metrics")
+    )
+
+    def policy() -> nnx.Module:
+        return partition.merge(state.trainable, frozen)
+
+    for step in range(start + 1, steps + 1):
+        drawn = stage.next_batch(step - 1, policy)
+        batch = put_batch(drawn.batch, mesh, micro_batches)
+        with reporter.compiling(batch):
+            state, metrics = update(state, frozen, batch)
+        reporter.step(step, drawn, metrics)
+
+        for evaluator in evaluators:
+            if due(step, evaluator.every, steps):
+                reporter.flush()
+                with reporter.paused():
+                    reporter.write(step, evaluator(policy()))
+        if due(step, config.checkpoint.every, steps):
+            reporter.flush()
+            position = {"seed": seed, "data": {"next_step": step}, "metrics": reporter.sums(), "config": resolved}
+            checkpoints.save(step, state, position)
+
+    # ---- The end -------------------------------------------------------------------------------------------------
+    checkpoints.close()
+    reporter.close()
+    stage.close()
+    say(f"trained {steps} steps; the result is {workdir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
