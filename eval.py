@@ -1,0 +1,60 @@
+"""Evaluation of a checkpoint.
+
+    python eval.py --config=configs/digits_eval.py --workdir=DIR --config.checkpoint=CHECKPOINT
+
+CHECKPOINT is a Hugging Face directory, a native checkpoint or a training workdir. Each entry of `config.evals` names
+a module with `run(model, processor, mesh, **options) -> (summary, records, text)`; its text is printed, and
+`DIR/NAME.json` (summary, checkpoint, options) and `DIR/NAME.jsonl` (one record per sample) are written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+from pvm_jax import cli
+from pvm_jax.checkpoint import checksum, load_model, open_checkpoint
+from pvm_jax.data.processor import Processor
+from pvm_jax.evals.plugins import find_run
+from pvm_jax.evals.results import ResultError, write_results
+from pvm_jax.sharding import make_mesh
+
+config_flags.DEFINE_config_file(
+    "config", None, "File with get_config(), e.g. configs/digits_eval.py.", lock_config=True
+)
+flags.DEFINE_string("workdir", None, "Directory of the results; made if it is not there.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    # ---- Configuration: plain values from here on ----------------------------------------------------------------
+    config: dict[str, Any] = flags.FLAGS.config.to_dict()
+    workdir = Path(flags.FLAGS.workdir)
+    evaluations = {name: dict(options) for name, options in config["evals"].items()}
+    runs = {name: find_run(options.pop("module"), name) for name, options in evaluations.items()}
+    path = config["checkpoint"]
+    if path is None:
+        raise ResultError("config.checkpoint: expected a model directory; pass --config.checkpoint=DIR")
+
+    # ---- Model ---------------------------------------------------------------------------------------------------
+    mesh = make_mesh(**config["mesh"])
+    checkpoint = open_checkpoint(path)
+    processor = Processor.from_pretrained(checkpoint.files, **config["processor"])
+    dtype = config["dtype"] or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True, mesh=mesh)
+
+    # ---- Evaluations ---------------------------------------------------------------------------------------------
+    about = {"checkpoint": str(path), "checksum": checksum(path), "dtype": dtype}
+    for name, run in runs.items():
+        summary, records, text = run(model, processor, mesh, **evaluations[name])
+        print(text)
+        about_this = about | {"options": json.loads(json.dumps(evaluations[name]))}
+        print(f"\nresults: {write_results(workdir, name, about_this, summary, records)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

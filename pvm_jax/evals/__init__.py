@@ -1,0 +1,1 @@
+"""Evaluators: what a checkpoint can do, as numbers with intervals."""

@@ -1,0 +1,26 @@
+"""Shares with their 95 % intervals."""
+
+import math
+from typing import Any
+
+Z95 = 1.959964
+
+
+def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share: never outside [0, 1], sensible at 0 and 1 (unlike the normal interval).
+
+    With 8 of 10 right: (0.490, 0.943); with 10 of 10: (0.722, 1.0).
+    """
+    if count == 0:
+        return 0.0, 1.0
+    share = right / count
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def share(right: int, count: int) -> dict[str, Any]:
+    """A share as it stands in result files; without observations its value is None."""
+    low, high = wilson(right, count)
+    return {"right": right, "count": count, "value": right / count if count else None, "low": low, "high": high}

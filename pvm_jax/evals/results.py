@@ -1,0 +1,47 @@
+"""Result files: `NAME.json` with the summary and what it was measured on, `NAME.jsonl` with one record per sample."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class ResultError(ValueError):
+    """A result file that cannot be used, or an evaluation that cannot be run; one sentence that says what to do."""
+
+
+def write_results(
+    workdir: str | Path,
+    name: str,
+    about: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
+) -> Path:
+    """Writes both files and returns the path of the summary, which is written last and replaced in one go."""
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+    target = workdir / f"{name}.json"
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps({**about, "summary": summary}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def read_summary(path: str | Path) -> dict[str, Any]:
+    """The summary of a result file.
+
+    Raises:
+      ResultError: it is not there, or no such file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultError(f"{path}: expected a result file that eval.py wrote, found none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ResultError(f"{path}: expected JSON, but it does not parse ({error})") from None
+    if not isinstance(content, dict) or "summary" not in content:
+        raise ResultError(f"{path}: expected a result file that eval.py wrote, found no `summary` in it")
+    return content["summary"]

@@ -1,0 +1,59 @@
+"""Teacher-forced scoring: which tokens of given answers the model would have chosen itself.
+
+One forward pass says whether greedy decoding would reproduce an answer: it does exactly if every token of the answer
+is the most probable one given the answer before it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+
+from pvm_jax.data.batch import Batch
+from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.sharding import shard_batch
+
+Scorer = Callable[[Batch, Any], Bool[Array, "B T"]]
+
+
+def make_scorer(model: Qwen3VL, mesh: Mesh | None = None, chunk: int = 128) -> Scorer:
+    """`scorer(batch, memory_order)` -> [B,T], True where column t is the token that the columns before it make most
+    probable (column 0 is always False).
+
+    `memory_order` [B]: row b's PVM reads the visual tokens of row `memory_order[b]`; `arange(B)` is the model as it
+    is. The backbone keeps its own image either way. One program is compiled per shape of batch.
+
+    Args:
+      mesh: rows of a batch are spread over it; None: one device.
+      chunk: columns at a time: B * chunk * V logits exist at once.
+    """
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def score(state: nnx.State, batch: Batch, memory_order: Int[Array, " B"]) -> Bool[Array, "B T"]:
+        model = nnx.merge(graph, state)
+        visual = model.encode_images(batch)
+        hidden = model(batch, visual=visual, memory=visual.tokens[memory_order])
+        return (
+            jnp.pad(chosen_tokens(model, hidden, chunk)[:, :-1], ((0, 0), (1, 0)), constant_values=-1) == batch.tokens
+        )
+
+    def scorer(batch: Batch, memory_order: Any) -> Bool[Array, "B T"]:
+        batch = jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
+        return score(state, batch, jnp.asarray(memory_order))
+
+    return scorer
+
+
+def chosen_tokens(model: Qwen3VL, hidden: Array, chunk: int) -> Int[Array, "B T"]:
+    """The most probable next token at every column, without the logits of all columns at once."""
+    batch, length, width = hidden.shape
+    parts = -(-length // chunk)
+    padded = jnp.pad(hidden, ((0, 0), (0, parts * chunk - length), (0, 0)))
+    split = jnp.moveaxis(padded.reshape(batch, parts, chunk, width), 1, 0)
+    chosen = jax.lax.map(lambda h: jnp.argmax(model.logits(h), axis=-1), split)
+    return jnp.moveaxis(chosen, 0, 1).reshape(batch, parts * chunk)[:, :length]
