@@ -1,0 +1,67 @@
+"""Test environment: eight simulated CPU devices, exact fp32 matmuls, shape annotations that are checked.
+
+The environment variables are set before anything imports jax or torch, and child processes inherit them.
+XLA's compiled programs are kept in a folder outside the repository, so that workers, child processes and
+later runs share them.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+from jaxtyping import install_import_hook
+
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"pvm_jax_tests_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch; the models are too small for more threads to help
+
+install_import_hook("pvm_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def eight_devices():
+    import jax
+
+    assert jax.device_count() == DEVICES, (
+        f"expected {DEVICES} simulated CPU devices, got {jax.device_count()}: jax was initialized before "
+        "tests/conftest.py could set XLA_FLAGS"
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_dir(tmp_path_factory, worker_id) -> Path:
+    """One folder for the whole run, also under pytest-xdist, where each worker has its own base folder."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoints(shared_dir) -> "tiny.Checkpoints":
+    """`checkpoints(tied=, dtype=, pvm_layers=, memory_mask=, shard_bytes=) -> Path`: each written once."""
+    return tiny.Checkpoints(shared_dir / "checkpoints")
+
+
+@pytest.fixture(scope="session")
+def processor_dir(checkpoints) -> Path:
+    """config.json, tokenizer, chat template and preprocessor files, without weights."""
+    return checkpoints.processor_files()
+
+
+@pytest.fixture(scope="session")
+def stock_checkpoint(checkpoints) -> Path:
+    """A tiny Qwen3-VL as transformers writes it: tied head, fp32, no PVM."""
+    return checkpoints()
+
+
+@pytest.fixture(scope="session")
+def pvm_checkpoint(checkpoints) -> Path:
+    """The same with open PVM blocks, under the public release's names; memory mask "causal"."""
+    return checkpoints(pvm_layers=tiny.PVM_LAYERS, memory_mask="causal")

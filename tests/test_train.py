@@ -1,0 +1,385 @@
+"""`train.py` as a user runs it: on a tiny checkpoint and a JSONL file, by command line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+
+from pvm_jax import cli
+from pvm_jax.checkpoint import load_params, open_checkpoint
+from pvm_jax.sharding import make_mesh
+from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
+from pvm_jax.training.report import NonFiniteLoss
+from pvm_jax.training.stage import TrainingError
+
+ROOT = Path(__file__).parents[1]
+SPEEDS = ("tokens_per_second", "samples_per_second")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twelve rows with an image each, answers of 5 to 11 words; in the layout of somebody's own data."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "pictures").mkdir()
+    rows = []
+    for i in range(12):
+        tiny.image(i, 32, 64).save(folder / "pictures" / f"{i}.png")
+        rows.append({"id": f"row{i}", "prompt": tiny.text(i, 6), "completion": tiny.text(50 + i, 5 + i % 7),
+                     "images": [f"{i}.png"]})  # fmt: skip
+    path = folder / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def common(pvm_checkpoint, data) -> list[str]:
+    """The command line of a small run."""
+    return [
+        "--config=configs/sft.py:4b,smoke",
+        f"--config.model.path={pvm_checkpoint}",
+        f"--config.data.path={data}",
+        f"--config.data.image_folder={data.parent / 'pictures'}",
+        "--config.data.length=(64,)",
+        "--config.data.patches=(16,)",
+        "--config.data.rows=2",
+        "--config.optimizer.learning_rate=0.01",
+    ]
+
+
+@pytest.fixture(scope="module")
+def train():
+    """`train.py` as a module."""
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    yield train
+    sys.path.remove(str(ROOT))
+
+
+@pytest.fixture
+def run(train, common, monkeypatch):
+    """`run(workdir, *flags, devices=1)`: trains in this process."""
+    monkeypatch.chdir(ROOT)
+
+    def call(workdir: Path, *arguments: str, devices: int = 1) -> None:
+        argv = ["train.py", *common, f"--workdir={workdir}", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(train, "make_mesh", lambda **axes: make_mesh(**axes, devices=jax.devices()[:devices]))
+        flags.FLAGS.unparse_flags()
+        cli.parse(argv)
+        train.main(argv)
+
+    return call
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(workdir)}
+
+
+def without_speeds(workdir: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in SPEEDS} for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def finished(train, common, tmp_path_factory) -> Path:
+    """The workdir of a run of four steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        workdir = tmp_path_factory.mktemp("finished") / "run"
+        run.__wrapped__(train, common, patch)(workdir)
+    return workdir
+
+
+# ---- What a run leaves -------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_every_step(finished, data):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    expected = {"loss", "grad_norm", "grad_norm_pvm", "learning_rate", "gate/1", "gate/4", "padding",
+                "skipped_samples", *SPEEDS}  # fmt: skip
+    assert expected <= set(lines[0])
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert lines[0]["learning_rate"] == 0.0 and lines[1]["learning_rate"] == np.float32(0.01)
+    assert lines[3]["loss"] < lines[0]["loss"]
+    assert lines[1]["gate/1"] != lines[0]["gate/1"]
+    assert 0 < lines[0]["padding"] < 1
+    assert any((finished / "tensorboard").iterdir())
+
+
+def test_workdir_is_a_model_and_holds_only_what_was_trained(finished, pvm_checkpoint):
+    checkpoint = open_checkpoint(finished)
+    assert checkpoint.config.pvm.layers == tiny.PVM_LAYERS
+    gate, frozen = "text/layers/1/pvm_block/gate_alpha", "text/layers/0/mlp/up_proj"
+    wanted = {gate: jax.ShapeDtypeStruct((1, 1), np.float32), frozen: jax.ShapeDtypeStruct((1, 96, 64), np.float32)}
+    trained, before = load_params(checkpoint, wanted), load_params(pvm_checkpoint, wanted)
+    assert abs(trained[gate][0, 0]) == np.float32(read_metrics(finished)[-1]["gate/1"])
+    assert trained[gate] != before[gate]
+    np.testing.assert_array_equal(trained[frozen], before[frozen])
+    assert json.loads((finished / "model" / "base.json").read_text())["path"] == str(pvm_checkpoint)
+    on_disk = sum(f.stat().st_size for f in (finished / "checkpoints" / "4").rglob("*") if f.is_file())
+    assert on_disk < (pvm_checkpoint / "model.safetensors").stat().st_size
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_finished_run_started_again_changes_nothing(finished, run):
+    before = without_speeds(finished)
+    run(finished)
+    assert without_speeds(finished) == before
+
+
+def test_sharded_run_has_the_losses_of_one_device(finished, run, tmp_path):
+    """Data, parameter and tensor axes of two devices each, and two micro-batches."""
+    run(tmp_path / "w", "--config.mesh.data=2", "--config.mesh.fsdp=1", "--config.mesh.tensor=2", devices=4)
+    np.testing.assert_allclose(list(losses(tmp_path / "w").values()), list(losses(finished).values()), rtol=1e-4)
+
+
+def test_run_from_another_runs_workdir(finished, run, tmp_path):
+    """A training workdir as `model.path`: what it trained is where the new run begins."""
+    run(tmp_path / "w", f"--config.model.path={finished}", "--config.steps=1")
+    assert read_metrics(tmp_path / "w")[0]["gate/1"] == read_metrics(finished)[-1]["gate/1"]
+
+
+def test_everything_from_random_values_becomes_a_hugging_face_checkpoint(run, pvm_checkpoint, tmp_path):
+    from pvm_jax.convert import convert_to_hf
+
+    workdir = tmp_path / "w"
+    options = ("--config.model.init=random", '--config.freeze=(("",True),)', "--config.steps=2")
+    run(workdir, *options)
+    assert json.loads((workdir / "model" / "base.json").read_text()) == {"path": None, "checksum": None}
+    convert_to_hf(workdir, tmp_path / "hf")
+    name = "text/layers/2-3/mlp/up_proj"
+    wanted = {name: jax.ShapeDtypeStruct((2, 96, 64), np.float32)}
+    ours, exported, base = (load_params(p, wanted)[name] for p in (workdir, tmp_path / "hf", pvm_checkpoint))
+    np.testing.assert_array_equal(ours, exported)
+    assert np.std(ours) < 0.03 < np.std(base)
+
+    with pytest.raises(TrainingError, match=r"init='random' with \d+ frozen parameters"):
+        run(tmp_path / "w2", "--config.model.init=random")
+
+
+# ---- Resuming ----------------------------------------------------------------------------------------------------
+
+
+def command(common: list[str], workdir: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """A process of its own on one device, in which importing torch or tensorflow fails."""
+    block = "import runpy, sys; sys.modules |= {'torch': None, 'tensorflow': None}; del sys.argv[0]; "
+    start = "sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
+    argv = [sys.executable, "-c", block + start, "train.py", *common, f"--workdir={workdir}", *arguments]
+    return argv, os.environ | {"XLA_FLAGS": ""}
+
+
+def test_killed_and_restarted_run_has_the_same_losses_bit_for_bit(common, tmp_path):
+    """kill -9 at a random moment after the second checkpoint, wherever that is: in a step or in a save.
+
+    Without torch and tensorflow. Lines are written every three steps, checkpoints every two: the sums of an
+    unfinished line must survive, too.
+    """
+    options = ("--config.steps=40", "--config.checkpoint.every=2", "--config.log_every=3")
+    argv, env = command(common, tmp_path / "whole", *options)
+    subprocess.run(argv, cwd=ROOT, env=env, check=True, timeout=300, capture_output=True)
+
+    argv, env = command(common, tmp_path / "killed", *options)
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "checkpoints" / "4").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(np.random.default_rng().random() * 0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = len(read_metrics(tmp_path / "killed"))
+    resumed = subprocess.run(argv, cwd=ROOT, env=env, check=True, timeout=300, capture_output=True, text=True)
+    assert re.search(r"resuming from step \d+", resumed.stdout)
+    assert before < 14, "killed too late to show anything"
+    assert without_speeds(tmp_path / "killed") == without_speeds(tmp_path / "whole")
+    for item in ("trainable", "optimizer"):
+        assert (tmp_path / "killed" / "checkpoints" / "40" / item).is_dir()
+
+
+def test_half_written_checkpoint_is_never_resumed_from(finished, run, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    run(workdir, "--config.steps=4", "--config.checkpoint.every=2")
+    (workdir / "checkpoints" / "4").rename(workdir / "checkpoints" / "4.orbax-checkpoint-tmp")
+    run(workdir, "--config.steps=4", "--config.checkpoint.every=2")
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert without_speeds(workdir) == without_speeds(finished)
+
+
+def test_lines_beyond_the_checkpoint_are_written_again(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 3})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    writer = MetricWriter(tmp_path, 2)
+    writer.write(3, {"loss": 7.0})
+    writer.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 7.0}]
+
+
+def test_meter_divides_sums_once_and_goes_on_from_a_checkpoint():
+    meter = Meter()
+    meter.add({"loss": (6.0, 2.0), "reads": (0.0, 0.0)})
+    meter = Meter(json.loads(json.dumps(meter.sums())))
+    meter.add({"loss": (1.0, 8.0)})
+    assert meter.take() == {"loss": 0.7}  # not the mean of 3 and 1/8
+    assert meter.take() == {}
+
+
+# ---- Mistakes ----------------------------------------------------------------------------------------------------
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(run, tmp_path):
+    overflow = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_ratio=0.0")
+    with pytest.raises(NonFiniteLoss, match=r"step 2: the loss is \S+ and the gradient norm \S+, .*row\d+, row\d+"):
+        run(tmp_path / "w", *overflow, "--config.checkpoint.every=1")
+    assert sorted(p.name for p in (tmp_path / "w" / "checkpoints").iterdir()) == ["1"]
+
+
+def test_workdir_of_another_configuration_is_refused(finished, run):
+    message = r"differs in optimizer.learning_rate \(there 0.01, here 0.02\); seed \(there 0, here 5\)"
+    with pytest.raises(TrainingError, match=message):
+        run(finished, "--config.seed=5", "--config.optimizer.learning_rate=0.02")
+
+
+def test_weights_that_changed_since_are_refused(run, pvm_checkpoint, tmp_path):
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(pvm_checkpoint, base)
+    run(tmp_path / "w", f"--config.model.path={base}", "--config.steps=1")
+    content = bytearray((base / "model.safetensors").read_bytes())
+    content[-1000:] = bytes(1000)
+    (base / "model.safetensors").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"base.json: this run began with the weights of .*put the weights back"):
+        run(tmp_path / "w", f"--config.model.path={base}", "--config.steps=1")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("--config.sedd=3", "error: --config.sedd: no such key; did you mean --config.seed?"),
+        ("--config.learning_rate=3", "no such key; did you mean --config.optimizer.learning_rate?"),
+        ("--config.data.patch=3", "--config.data.patch: no such key; did you mean --config.data.patches"),
+        ("--config.seed=x", "error: flag --config.seed=x: invalid literal for int()"),
+        ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
+        ("--config=configs/sft.py:9b", "configs/sft.py: expected one of 2b, 4b, 8b, 32b and perhaps smoke, got '9b'"),
+    ],
+)
+def test_command_line_that_cannot_be_used_exits_with_2_and_one_sentence(run, tmp_path, capsys, argument, sentence):
+    with pytest.raises(SystemExit) as exit:
+        run(tmp_path / "w", argument)
+    assert exit.value.code == cli.USAGE_ERROR
+    error = capsys.readouterr().err
+    assert sentence in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_mistakes_print_one_sentence_and_no_traceback(common, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    argv, env = command(common, tmp_path / "w", f"--config.data.path={tmp_path / 'empty.jsonl'}")
+    done = subprocess.run(argv, cwd=ROOT, env=env, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: the data set is empty: no rows in {tmp_path / 'empty.jsonl'}"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.path="], r"config.model.path: expected a model directory; pass --config.model.path=DIR"),
+        (["--config.data.path="], r"config.data.path: expected JSONL or parquet files .* pass --config.data.path"),
+        (["--config.model.init=rnadom"], r"config.model.init: expected one of .*'random'.*got 'rnadom'"),
+        (["--config.stage.module=pvm_jax.training.sff"], r"config.stage.module: expected a Python module, got"),
+        (["--config.stage.module=pvm_jax.config"], r"expected a module with a function make_stage"),
+        (["--config.steps=0"], r"config.steps: expected at least one step, got 0"),
+        (["--config.micro_batches=3"], r"rows = 2 is not a multiple of 3"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(run, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "w", *arguments)
+
+
+# ---- Stages and configurations -----------------------------------------------------------------------------------
+
+STAGE = """
+import jax.numpy as jnp
+from flax import nnx
+from pvm_jax.training import sft
+from pvm_jax.training.stage import Loss
+
+def make_stage(setup, *, chunk, weight=1.0):
+    return Biased(sft.make_loader(setup), chunk)
+
+class Heads(nnx.Module):
+    def __init__(self):
+        self.bias = nnx.Param(jnp.full((3,), 2.0))
+
+class Biased(sft.SFT):
+    def make_extra(self, rngs):
+        return Heads()
+
+    def loss_fn(self, model, batch):
+        loss = super().loss_fn(model, batch)
+        penalty = jnp.sum(jnp.square(model.extra.bias[...])) * loss.count
+        return Loss(loss.sum + penalty, loss.count, loss.metrics | {"penalty": (penalty, loss.count)})
+"""
+
+EVALUATOR = """
+def make_evaluator(processor, *, shift):
+    def evaluate(model):
+        gate = model.text.layers["1"].pvm_block.gate_alpha[...]
+        return {"gate": (abs(float(gate[0, 0])) * 4 + shift, 4), "nothing": (0, 0)}
+    return evaluate
+"""
+
+
+def test_stage_with_parameters_of_its_own_and_an_evaluator(run, common, tmp_path, monkeypatch):
+    """A stage and an evaluator are modules that the configuration names; the stage's heads train, exports lack them."""
+    (tmp_path / "biased_stage.py").write_text(STAGE)
+    (tmp_path / "gate_evaluator.py").write_text(EVALUATOR)
+    config = (
+        "from configs import sft\n\n\ndef get_config(argument):\n    config = sft.get_config(argument).unlock()\n"
+        "    config.evals = {'probe': {'module': 'gate_evaluator', 'every': 2, 'shift': 0}}\n    return config.lock()\n"
+    )
+    (tmp_path / "probe.py").write_text(config)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    workdir = tmp_path / "w"
+    run(workdir, f"--config={tmp_path / 'probe.py'}:smoke", *common[1:], "--config.stage.module=biased_stage")
+
+    lines = read_metrics(workdir)
+    penalties = [line["penalty"] for line in lines if "penalty" in line]
+    assert penalties[0] == 12.0 and penalties[-1] < 12.0  # three squares of 2, and they shrink
+    probes = {line["step"]: line["probe/gate"] for line in lines if "probe/gate" in line}
+    gates = {line["step"]: line["gate/1"] for line in lines if "gate/1" in line}
+    assert probes == {2: gates[2], 4: gates[4]}
+    assert not any("probe/nothing" in line for line in lines)
+    names = {p.name for p in (workdir / "checkpoints" / "4").iterdir()}
+    assert {"trainable", "optimizer", "meta"} <= names
+    assert all(not name.startswith("extra/") for name in load_params(workdir, {}))
+
+
+@pytest.mark.parametrize("argument", ["2b", "4b", "8b", "32b", "8b,smoke"])
+def test_sft_configurations_are_locked_and_follow_the_paper(train, argument):
+    from configs import sft
+
+    config = sft.get_config(argument)
+    assert config.is_locked
+    adamw = config.optimizer
+    assert (adamw.learning_rate, adamw.b1, adamw.b2, adamw.eps) == (1e-4, 0.9, 0.999, 1e-8)
+    assert (adamw.weight_decay, adamw.clip_norm, adamw.schedule, adamw.warmup_ratio) == (0.0, 1.0, "cosine", 0.1)
+    assert config.data.loss_normalization == "sample" and config.data.vision_masked == 0.0
+    if "smoke" not in argument:
+        assert config.data.samples == 64 and config.epochs == 1.0
