@@ -1,34 +1,66 @@
 """The tiny base model of the digits experiment, from scratch: the checkpoint in assets/digits_base.
 
 Launch, from the repository's root:
-    python -m pvm_jax.data.prepare_digits runs/data --configs=demo,base
+    python -m pvm_jax.data.prepare_digits runs/data --configs=demo,base,long
     python train.py --config=configs/digits_base.py --workdir=runs/digits-base
-    python -m pvm_jax.convert to_hf runs/digits-base DIR
+    python train.py --config=configs/digits_base.py:long --workdir=runs/digits-base-long
+    python -m pvm_jax.convert to_hf runs/digits-base-long DIR
 
-Only config.json, tokenizer and processor files are taken from `model.path`; weights are random, fan-in scaled.
+In the first run only config.json, tokenizer and processor files are taken from `model.path`; weights are random,
+fan-in scaled. The second goes on from the first.
 
 Recipe: a model that reads mosaics well in short answers and writes long answers without fault, so that what fails
-beyond the trained length is reading. Three kinds of batches:
+beyond the trained length is reading. Kinds of batches:
     easy     steps 0-600: 40 % of the mosaics are blocks of equal digits
-    short    from step 600: answers of at most 64 tokens
-    chains   from step 1,000, in turn with `short`: answers of up to 505 tokens over a blank mosaic, no loss on digits
-An auxiliary loss on the visual tokens (pvm_jax/training/visual_labels.py), without which digits stay at chance.
-The patch embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move together.
+    short    from step 600, and in the second run: answers of at most 64 tokens
+    chains   from step 1,000, in turn with `short`, and in the second run: answers of up to 505 tokens over a blank
+             mosaic, without loss on the digits
+The first run has an auxiliary loss on the visual tokens (pvm_jax/training/visual_labels.py), without which digits
+stay at chance. The patch embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move
+together.
 
-Argument `smoke`: the same configuration in a few steps.
+Arguments, separated by commas: `long`, the second run; `smoke`, the same configuration in a few steps.
 """
 
 from ml_collections import ConfigDict
 
 import configs.common as common
 
+ARGUMENTS = ("long", "smoke")
+
 
 def get_config(argument: str = "") -> ConfigDict:
-    if argument not in ("", "smoke"):
-        raise ValueError(f"configs/digits_base.py: expected no argument or smoke, got {argument!r}")
+    words = [word for word in argument.split(",") if word]
+    if unknown := [word for word in words if word not in ARGUMENTS]:
+        raise ValueError(f"configs/digits_base.py: expected some of {', '.join(ARGUMENTS)}, got {unknown}")
     config = common.get_config()
-    config.steps = 2000
     config.freeze = common.EVERYTHING
+    data = config.data
+    data.loss_normalization = "token"
+    data.pack = False
+    data.threads = 2
+    data.samples = 16
+    data.length = (128,)
+    data.patches = (144,)
+    optimizer = config.optimizer
+    optimizer.floor = 0.03
+    optimizer.b2 = 0.98
+    optimizer.weight_decay = 0.05
+    optimizer.multipliers = ((r"^visual/patch_embed/weight", 0.02),)
+    config.checkpoint.every = 500
+    config.log_every = 50
+    if "long" in words:
+        write_long(config)
+    else:
+        see(config)
+    if "smoke" in words:
+        shrink(config)
+    return config.lock()
+
+
+def see(config: ConfigDict) -> None:
+    """The first run."""
+    config.steps = 2000
     config.model.path = "assets/digits_base"
     config.model.init = "random"
     config.model.random_init = "fan_in"
@@ -42,41 +74,39 @@ def get_config(argument: str = "") -> ConfigDict:
         "late_step": 1400,
         "place_weight": 0.3,
     }
-
-    data = config.data
-    data.path = "runs/data/digits/base/1.0.0"
-    data.loss_normalization = "token"
-    data.pack = False
-    data.threads = 2
-    data.samples = 16
-    data.length = (128,)
-    data.patches = (144,)
-    data.streams = {
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+    config.data.path = "runs/data/digits/base/1.0.0"
+    config.data.streams = {
         "easy": {"split": "easy", "stop": 600},
         "short": {"split": "short", "start": 600},
         "chains": {"split": "chains", "start": 1000, "samples": 4, "length": (576,)},
     }
 
-    optimizer = config.optimizer
-    optimizer.learning_rate = 3e-3
-    optimizer.warmup_steps = 100
-    optimizer.floor = 0.03
-    optimizer.b2 = 0.98
-    optimizer.weight_decay = 0.05
-    optimizer.multipliers = ((r"^visual/patch_embed/weight", 0.02),)
-    config.checkpoint.every = 500
-    config.log_every = 50
-    if argument == "smoke":
-        shrink(config)
-    return config.lock()
+
+def write_long(config: ConfigDict) -> None:
+    """The second run."""
+    config.steps = 1500
+    config.model.path = "runs/digits-base"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    long = "runs/data/digits/long/1.0.0"
+    config.data.path = "runs/data/digits/base/1.0.0"
+    config.data.streams = {
+        "short": {"split": "short"},
+        "chains_256": {"path": long, "split": "chains_256", "samples": 8, "length": (320,)},
+        "chains_505": {"path": long, "split": "chains_505", "samples": 4, "length": (576,)},
+    }
 
 
 def shrink(config: ConfigDict) -> None:
     """A step or two of each kind of batch."""
     config.steps = 4
     config.log_every = 1
-    config.data.samples = 2
-    config.data.streams.easy.stop = 1
-    config.data.streams.short.start = 1
-    config.data.streams.chains.start = 2
-    config.data.streams.chains.samples = 1
+    config.checkpoint.every = 2
+    for start, stream in enumerate(config.data.streams.values()):
+        stream.samples = 2
+        if "start" in stream:
+            stream.start = start
+        if "stop" in stream:
+            stream.stop = 1

@@ -128,6 +128,8 @@ class Stored:
         A group that is stored otherwise is restored in the sharding of one of its parts, which must therefore leave
         the axis of layers whole.
         """
+        if not wanted:
+            return {}
         needed = {path: self._sources(path) for path in wanted}
         users: dict[str, set[str]] = {}
         for path, sources in needed.items():

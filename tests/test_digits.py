@@ -285,12 +285,12 @@ def test_auxiliary_loss_adds_its_weight_and_reaches_the_vision_tower(labelled, m
     _, loader = labelled()
     auxiliary = Auxiliary(classes=10, side=6)
     stage = VisualLabels(loader, auxiliary, width=96)
-    batch, _ = next(loader_batches(loader))
+    batch = jax.tree.map(jax.numpy.asarray, next(loader_batches(loader))[0])
     model = Qwen3VL(ModelConfig.load(model_dir), rngs=nnx.Rngs(0), init="fan_in")
     model.extra = stage.make_extra(nnx.Rngs(1))
 
     def loss(model, weight):
-        value = stage.loss_fn(model, dataclasses.replace(batch, weight=np.full_like(batch.weight, weight)))
+        value = stage.loss_fn(model, dataclasses.replace(batch, weight=jax.numpy.full_like(batch.weight, weight)))
         return value.sum / value.count
 
     losses = [float(loss(model, w)) for w in (0.0, 0.5, 1.0)]

@@ -278,12 +278,15 @@ def set_attribute(module, name, value):
         setattr(module, name, before)
 
 
-@pytest.mark.parametrize("merger", ["merger", "deepstack"])
-def test_tanh_gelu_in_a_merger_is_seen(sides, rows, merger):
+@pytest.mark.parametrize("mergers", ["merger", "deepstack"])
+def test_tanh_gelu_in_the_mergers_is_seen(sides, rows, mergers):
     side = sides("stock")
     tower = side.model.visual
-    module: PatchMerger = tower.merger if merger == "merger" else tower.deepstack_merger_list["1"]
-    with set_attribute(module, "tanh", True):
+    modules = [tower.merger] if mergers == "merger" else list(tower.deepstack_merger_list.values())
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            assert isinstance(module, PatchMerger) and module.tanh is False
+            stack.enter_context(set_attribute(module, "tanh", True))
         errors = row_errors(side, rows)
     assert min(errors[name] for name in WITH_IMAGES) > CONTROL
 

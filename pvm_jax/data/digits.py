@@ -2,7 +2,8 @@
 
 `prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/1.0.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64, 128 and 256
-tokens; test answers by length, the longest 490-505), `base` what the tiny base model is trained on. Features of a row:
+tokens; test answers by length, the longest 490-505), `base` and `long` what the tiny base model is trained on.
+Features of a row:
 
     image      192x192 PNG
     question   the user's text
@@ -37,6 +38,10 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "easy": (4800, Spec("train", 64, blocks=0.4)),
         "short": (8000, Spec("train", 64)),
         "chains": (1200, Spec("train", 505, verbose=0.75, blank=True)),
+    },
+    "long": {
+        "chains_256": (3200, Spec("train", 256, verbose=0.75, blank=True)),
+        "chains_505": (1600, Spec("train", 505, 260, verbose=1.0, blank=True)),
     },
 }
 

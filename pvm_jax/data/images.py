@@ -119,6 +119,8 @@ def open_image(source: Any, where: str = "image") -> Image.Image:
             return _to_rgb(image, name)
     except FileNotFoundError:
         raise DataError(f"{name}: expected an image file, found none") from None
+    except (IsADirectoryError, PermissionError) as e:
+        raise DataError(f"{name}: expected an image file that can be read ({e.strerror})") from None
     except Image.UnidentifiedImageError:
         raise DataError(f"{name}: expected an image, but PIL does not know this format") from None
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as e:

@@ -8,12 +8,11 @@ project, 0 in the paper's recipe.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from flax import nnx
 
-from pvm_jax.data.batch import Batch
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
 from pvm_jax.data.sources import open_source
 from pvm_jax.training.losses import cross_entropy
@@ -29,13 +28,24 @@ def make_stage(setup: Setup, *, chunk: int = 128) -> Stage:
     return SFT(make_loader(setup), chunk)
 
 
+@runtime_checkable
+class Batches(Protocol):
+    """What SFT needs of a `Loader`; what it yields for a batch goes to `loss_fn`."""
+
+    streams: tuple[Stream, ...]
+
+    def steps_per_epoch(self) -> int | None: ...
+
+    def prefetch(self, start: int) -> Iterator[tuple[Any, BatchInfo]]: ...
+
+
 class SFT:
     """Batches of a loader, next-token loss on `Batch.loss_weights`."""
 
-    def __init__(self, loader: Loader, chunk: int = 128):
+    def __init__(self, loader: Batches, chunk: int = 128):
         self._loader = loader
         self._chunk = chunk
-        self._ahead: Iterator[tuple[Batch, BatchInfo]] | None = None
+        self._ahead: Iterator[tuple[Any, BatchInfo]] | None = None
         self._next_step = -1
         self.steps_per_epoch = loader.steps_per_epoch()
 

@@ -135,7 +135,7 @@ def make_update(
         loss, count, metrics, gradients = loss_and_gradients(
             stage, partition, state.trainable, frozen, batch, micro_batches
         )
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
         proposed = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments)
@@ -150,7 +150,7 @@ def make_update(
         }
         branch = {name: g for name, g in gradients.items() if "pvm_block/" in name}
         if branch:
-            metrics["grad_norm_pvm"] = (optax.global_norm(branch), one)
+            metrics["grad_norm_pvm"] = (optax.tree.norm(branch), one)
         for name, value in proposed.trainable.items():
             if match := GATE.match(name):
                 metrics[f"gate/{match[1]}"] = (jnp.abs(value).reshape(()), one)

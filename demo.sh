@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The main job on one machine, end to end: data, conversion, SFT of PVM and of its control, evaluation, generation,
+# export. Everything lands under $RUNS; a second call starts over.
+set -euo pipefail
+PYTHON=${PYTHON:-python}
+RUNS=${RUNS:-runs/demo}
+BASE=assets/digits_base
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RUNS/xla}
+
+step() { printf '\n=== %s (%d s) ===\n' "$1" "$SECONDS"; }
+
+rm -rf "$RUNS"
+mkdir -p "$RUNS"
+
+step "data: mosaics of real handwritten digits, as a TFDS data set"
+$PYTHON -m pvm_jax.data.prepare_digits runs/data
+
+step "convert: the Hugging Face checkpoint gains PVM in layers 1 and 3, or the control"
+pvm=(--pvm_layers=1,3 --pvm_hidden_size=64 --pvm_init=fan_in)
+$PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/pvm-start" "${pvm[@]}"
+$PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/slots-start" "${pvm[@]}" --pvm_slots=36
+
+for kind in pvm slots; do
+  step "train: SFT of $kind on answers of at most 256 tokens"
+  argument=$([ $kind = slots ] && echo ":slots" || true)
+  $PYTHON train.py --config="configs/digits_sft.py$argument" --config.model.path="$RUNS/$kind-start" --workdir="$RUNS/$kind"
+done
+
+step "evaluate: reads by position in the answer, held-out digits"
+for kind in base pvm slots; do
+  checkpoint=$([ $kind = base ] && echo $BASE || echo "$RUNS/$kind")
+  $PYTHON eval.py --config=configs/digits_eval.py --config.checkpoint="$checkpoint" --workdir="$RUNS/eval-$kind"
+done
+
+step "generate: one answer from the trained model"
+$PYTHON -m pvm_jax.generate --checkpoint="$RUNS/pvm" --image=assets/example.png --prompt="$(cat assets/example.txt)"
+
+step "export: back to a Hugging Face checkpoint"
+$PYTHON -m pvm_jax.convert to_hf "$RUNS/pvm" "$RUNS/pvm-hf"
+
+step "result"
+$PYTHON -m pvm_jax.evals.compare "$RUNS"/eval-{base,slots,pvm}/digits.json --out="$RUNS/reads.png"

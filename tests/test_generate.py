@@ -1,0 +1,333 @@
+"""Generation against transformers' `generate`, against one forward pass, and against itself in other batches."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import oracle
+import pvm_reference
+import pytest
+import tiny
+
+import pvm_jax
+from pvm_jax import generate as generation
+from pvm_jax.data.processor import Processor
+from pvm_jax.generate import generate
+from pvm_jax.sampling import GenerationError
+
+STOPS = (tiny.TOKEN_ID["<|im_end|>"], tiny.TOKEN_ID["<|endoftext|>"])
+
+
+def prompts() -> dict[str, dict]:
+    """The parity tests' conversations up to the last answer, and one that is much shorter than the others."""
+    samples = {name: {"messages": s["messages"][:-1]} for name, s in tiny.conversations().items()}
+    return samples | {"image_first": {"messages": [tiny.user(tiny.image(40, 64, 32), "so?")]}}
+
+
+@pytest.fixture(scope="module")
+def pvm(pvm_checkpoint):
+    return pvm_jax.load(pvm_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def stock(stock_checkpoint):
+    return pvm_jax.load(stock_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """A list that grows by one with every program that XLA compiles."""
+    events = []
+
+    def listen(event: str, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def greedy_of_transformers(directory, sample: dict, tokens: int, **options) -> list[int]:
+    model = pvm_reference.load(directory)
+    banned = Processor.from_pretrained(directory).banned_token_ids.tolist()
+    arguments = oracle.inputs(directory, sample, add_generation_prompt=True)
+    out = model.generate(
+        **arguments, do_sample=False, max_new_tokens=tokens, suppress_tokens=banned, eos_token_id=banned[-1], **options
+    )
+    return out[0, arguments["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ["text", "image", "two_images", "turns", "video"])
+def test_greedy_tokens_are_those_of_transformers_without_pvm(stock, stock_checkpoint, name):
+    sample = prompts()[name]
+    out = generate(*stock, [sample], max_new_tokens=24, stop_token_ids=[])
+    assert out[0].token_ids == greedy_of_transformers(stock_checkpoint, sample, 24)
+
+
+@pytest.mark.parametrize("name", ["text", "image", "two_images", "turns", "video"])
+def test_greedy_tokens_are_those_of_the_torch_reference_with_pvm(pvm, pvm_checkpoint, name):
+    sample = prompts()[name]
+    out = generate(*pvm, [sample], max_new_tokens=24, stop_token_ids=[])
+    assert out[0].token_ids == greedy_of_transformers(pvm_checkpoint, sample, 24)
+
+
+def test_repetition_penalty_is_that_of_transformers(stock, stock_checkpoint):
+    sample = prompts()["image"]
+    plain, penalized = (
+        generate(*stock, [sample], max_new_tokens=24, stop_token_ids=[], repetition_penalty=p)[0].token_ids
+        for p in (1.0, 1.5)
+    )
+    assert penalized == greedy_of_transformers(stock_checkpoint, sample, 24, repetition_penalty=1.5)
+    assert penalized != plain
+
+
+def test_a_row_is_the_same_alone_in_a_ragged_batch_and_with_extra_padding(pvm):
+    names = ["image", "short", "two_images", "image_first"]
+    options = {"max_new_tokens": 20, "stop_token_ids": []}
+    together = generate(*pvm, [prompts()[n] for n in names], **options)
+    padded = generate(*pvm, [prompts()[n] for n in names], **options, prompt_length=224, prompt_patches=128)
+    for name, row, wide in zip(names, together, padded):
+        alone = generate(*pvm, [prompts()[name]], **options)[0]
+        assert alone.token_ids == row.token_ids == wide.token_ids
+        assert alone.prompt_tokens == row.prompt_tokens
+        for other in (row, wide):
+            np.testing.assert_allclose(alone.logprobs, other.logprobs, atol=1e-4)
+    assert len({tuple(row.token_ids) for row in together}) == len(names)
+
+
+def test_a_sampled_row_is_the_same_alone_and_in_a_batch(pvm):
+    samples = [prompts()[n] for n in ("image", "short", "image")]
+    options = {"max_new_tokens": 12, "stop_token_ids": [], "temperature": 1.0, "top_p": 0.9}
+    together = generate(*pvm, samples, **options, seed=[5, 6, 7])
+    alone = generate(*pvm, samples[2:], **options, seed=[7])
+    assert alone[0].token_ids == together[2].token_ids
+    assert together[0].token_ids != together[2].token_ids
+    numbered = generate(*pvm, samples, **options, seed=5)
+    assert numbered[0].token_ids != numbered[2].token_ids  # one number, yet a key of its own for each row
+    again = generate(*pvm, samples, **options, seed=5)
+    assert [g.token_ids for g in again] == [g.token_ids for g in numbered]
+
+
+def logprobs_of_one_pass(model, processor, sample: dict, tokens: list[int], temperature: float) -> np.ndarray:
+    """Of `tokens` after the prompt, by a forward pass without a cache over both."""
+    [prompt] = generation.encode(processor, [sample])
+    following = prompt.next_position + np.arange(len(tokens))
+    length = len(prompt.tokens)
+    batch = generation._collate([prompt], length + len(tokens), None)
+    batch.tokens[0, length:] = tokens
+    batch.positions[:, 0, length:] = following
+    batch.segment_ids[0, length:] = 1
+    logits = model.logits(model(batch)[0, length - 1 : -1])
+    logits = np.array(logits, np.float64)
+    logits[:, processor.banned_token_ids] = -np.inf
+    scores = jax.nn.log_softmax(logits / temperature, axis=-1)
+    return np.asarray(scores)[np.arange(len(tokens)), tokens]
+
+
+@pytest.mark.parametrize(("temperature", "scored"), [(0.0, 1.0), (0.7, 0.7)])
+def test_log_probabilities_are_those_of_one_forward_pass(pvm, temperature, scored):
+    """Over three sizes of the cache: 64, 128 and 256 new tokens."""
+    sample = prompts()["two_images"]
+    options = {"temperature": temperature, "top_k": 8, "presence_penalty": 0.5}
+    [out] = generate(*pvm, [sample], max_new_tokens=140, stop_token_ids=[], **options)
+    assert len(out.token_ids) == len(out.logprobs) == 140
+    expected = logprobs_of_one_pass(*pvm, sample, out.token_ids, scored)
+    np.testing.assert_allclose(out.logprobs, expected, atol=1e-4)
+
+
+def test_stop_tokens_end_a_row_and_the_others_go_on(pvm):
+    samples = [prompts()["image"], prompts()["short"]]
+    full = generate(*pvm, samples, max_new_tokens=10, stop_token_ids=[])
+    assert [g.finish_reason for g in full] == ["length", "length"]
+    first, second = (g.token_ids for g in full)
+    stop = next(t for t in first[:9] if t not in second)
+    out = generate(*pvm, samples, max_new_tokens=10, stop_token_ids=[stop, STOPS[0]])
+    assert out[0].token_ids == first[: first.index(stop) + 1]
+    assert (out[0].finish_reason, out[1].finish_reason) == ("stop", "length")
+    assert out[0].text == pvm[1].decode(first[: first.index(stop)])
+    assert out[1] == full[1]
+
+
+def test_the_loop_stops_when_all_rows_have(pvm, monkeypatch):
+    sample = prompts()["short"]
+    tokens = generate(*pvm, [sample], max_new_tokens=8, stop_token_ids=[])[0].token_ids
+    steps = []
+    decode = generation._decode
+
+    def counted(*args, **options):
+        out = decode(*args, **options)
+        steps.append(int(out[3]))
+        return out
+
+    monkeypatch.setattr(generation, "_decode", counted)
+    out = generate(*pvm, [sample], max_new_tokens=500, stop_token_ids=[tokens[7]])[0]
+    assert steps == [tokens.index(tokens[7])] == [len(out.token_ids) - 1]
+
+
+def test_vision_tokens_and_padded_vocabulary_are_never_sampled(pvm):
+    options = {"max_new_tokens": 60, "temperature": 50.0, "stop_token_ids": []}
+    out = generate(*pvm, [prompts()["short"]] * 16, **options)
+    drawn = {t for g in out for t in g.token_ids}
+    banned = set(range(tiny.TOKENS, tiny.VOCAB)) | {
+        tiny.TOKEN_ID[f"<|{name}|>"] for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    }
+    assert banned == set(pvm[1].banned_token_ids.tolist())
+    assert len(drawn) > 350 and not drawn & banned
+
+
+def test_the_same_shapes_compile_once(pvm, compilations):
+    def answer(seed: int, words: int, temperature: float):
+        sample = {"messages": [tiny.user(tiny.image(seed, 64, 64), tiny.text(seed, words))]}
+        return generate(*pvm, [sample], max_new_tokens=70, stop_token_ids=[], temperature=temperature, seed=seed)
+
+    answer(1, 20, 0.5)
+    before = len(compilations)
+    assert before > 0
+    answer(2, 22, 0.9)
+    assert len(compilations) == before
+    answer(2, 60, 0.9)  # a longer prompt is another shape: the counter does count
+    assert len(compilations) > before
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_decode_loop_updates_the_cache_in_place(pvm, rows):
+    """No operation of the compiled loop produces a second buffer of a cache's size."""
+    model, processor = pvm
+    batch = generation._collate(generation.encode(processor, [prompts()["short"]] * rows), None, None)
+    switches, settings = generation._settings(model, processor, generation.Sampling(), ())
+    graphdef, params = generation.nnx.split(model)
+    keys = generation.row_keys(0, rows)
+    capacity = 4096  # larger than every weight of the tiny model
+    state, _, _ = generation._prefill(graphdef, params, batch, keys, settings, switches=switches, capacity=capacity)
+    compiled = generation._decode.lower(graphdef, params, state, np.int32(8), settings, switches=switches).compile()
+    size = rows * 2 * 16 * capacity
+    made = {"copy": 0, "dynamic-update-slice": 0}
+    for shape, operation in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", compiled.as_text()):
+        if operation in made and np.prod([int(n) for n in shape.split(",")]) >= size:
+            made[operation] += 1
+    layers = model.config.text.num_hidden_layers
+    assert made == {"copy": 0, "dynamic-update-slice": 2 * layers}
+
+
+def test_scanned_and_separate_layers_generate_the_same(pvm_checkpoint, pvm):
+    stacked = pvm_jax.load(pvm_checkpoint, scan=True)
+    assert stacked[0].scan and not pvm[0].scan
+    sample = prompts()["image"]
+    ours, theirs = (generate(*m, [sample], max_new_tokens=12, stop_token_ids=[])[0] for m in (pvm, stacked))
+    assert ours.token_ids == theirs.token_ids
+
+
+def test_bare_message_lists_are_conversations_and_the_module_is_the_function(pvm):
+    sample = prompts()["short"]
+    options = {"max_new_tokens": 3, "stop_token_ids": []}
+    assert pvm_jax.generate(*pvm, [sample["messages"]], **options) == generate(*pvm, [sample], **options)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "options", "message"),
+    [
+        ([], {}, r"^conversations: expected a list .*, got none$"),
+        ({"messages": []}, {}, r"^conversations: expected a list .*put it into a list$"),
+        (None, {"max_new_tokens": 0}, r"^max_new_tokens: expected at least 1, got 0$"),
+        (None, {"temperature": -1.0}, r"^temperature: expected .*, got -1.0$"),
+        (None, {"seed": [1, 2]}, r"^seed: expected a number or 1 of them, one for each row, got"),
+        (None, {"seed": -3}, r"^seed: expected whole numbers from 0 to"),
+    ],
+)
+def test_settings_that_cannot_be_used(pvm, conversations, options, message):
+    given = [prompts()["short"]] if conversations is None else conversations
+    with pytest.raises(GenerationError, match=message):
+        generate(*pvm, given, **options)
+
+
+def test_logits_that_are_not_finite_are_an_error(pvm_checkpoint):
+    model, processor = pvm_jax.load(pvm_checkpoint)
+    model.text.norm[...] = model.text.norm[...] * np.nan
+    with pytest.raises(GenerationError, match=r"conversation 0, token 0: expected a finite log-probability, got nan"):
+        generate(model, processor, [prompts()["short"]], max_new_tokens=2)
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    files = []
+    for i, size in enumerate([(75, 141), (64, 96)]):
+        files.append(tmp_path / f"image {i}.png")
+        tiny.image(50 + i, *size).save(files[-1])
+    return files
+
+
+def call(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = generation.main(list(map(str, arguments)))
+    except SystemExit as e:
+        status = e.code
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_command_line_prints_one_json_object_or_the_text(pvm, pvm_checkpoint, image_files, capsys):
+    arguments = [f"--checkpoint={pvm_checkpoint}", *(f"--image={f}" for f in image_files), "--prompt=what is shown?"]
+    arguments += ["--system=look closely.", "--max_new_tokens=8", "--temperature=0.8", "--top_k=5", "--seed=3"]
+    status, out, _ = call(capsys, *arguments, "--json")
+    assert status == 0 and out.count("\n") == 1
+    content = [{"type": "image", "image": str(f)} for f in image_files]
+    messages = [
+        {"role": "system", "content": "look closely."},
+        {"role": "user", "content": [*content, {"type": "text", "text": "what is shown?"}]},
+    ]
+    [expected] = generate(*pvm, [{"messages": messages}], max_new_tokens=8, temperature=0.8, top_k=5, seed=3)
+    assert json.loads(out) == {
+        "token_ids": expected.token_ids,
+        "text": expected.text,
+        "logprobs": expected.logprobs,
+        "finish_reason": expected.finish_reason,
+        "prompt_tokens": expected.prompt_tokens,
+    }
+    status, out, _ = call(capsys, *arguments)
+    assert (status, out) == (0, expected.text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--checkpoint": "nowhere"}, "nowhere: expected a model directory, found nothing"),
+        ({"--checkpoint": None}, "--checkpoint"),
+        ({"--prompt": None}, "--prompt"),
+        ({"--image": "missing.png"}, "missing.png"),
+        ({"--image": "truncated.png"}, "truncated.png"),
+        ({"--video": "missing.mp4"}, "missing.mp4"),
+        ({"--temperature": "-1"}, "temperature: expected"),
+        ({"--temperature": "warm"}, "--temperature"),
+        ({"--top_p": "0"}, "top_p: expected"),
+        ({"--max_new_tokens": "0"}, "max_new_tokens: expected at least 1"),
+        ({"--seed": "-1"}, "seed: expected"),
+        ({"--colour": "red"}, "--colour"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_exit_status_2(pvm_checkpoint, tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    png = io.BytesIO()
+    tiny.image(1, 64, 64).save(png, format="png")
+    (tmp_path / "truncated.png").write_bytes(png.getvalue()[:500])
+    flags = {"--checkpoint": str(pvm_checkpoint), "--prompt": "what?"} | change
+    status, out, err = call(capsys, *(f"{k}={v}" for k, v in flags.items() if v is not None))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_command_line_as_a_program(pvm_checkpoint, image_files):
+    command = [sys.executable, "-m", "pvm_jax.generate", f"--checkpoint={pvm_checkpoint}", f"--image={image_files[0]}"]
+    run = subprocess.run([*command, "--prompt=so?", "--max_new_tokens=2", "--json"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert set(json.loads(run.stdout)) == {"token_ids", "text", "logprobs", "finish_reason", "prompt_tokens"}
+    run = subprocess.run([*command, "--prompt=so?", "--top_k=-1"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "") and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith("error: top_k: expected a whole number")
