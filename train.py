@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     source = open_checkpoint(options.path)
     processor = Processor.from_pretrained(source.files, **resolved["processor"])
     row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
-    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple)
+    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple, config.freeze)
     stage = load_stage(setup, resolved["stage"])
     blueprint = Blueprint(source.config, options, stage, config.freeze, mesh)
     partition = blueprint.partition

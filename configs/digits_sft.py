@@ -38,8 +38,9 @@ def get_config(argument: str = "") -> ConfigDict:
     data.threads = 2
     data.patches = (144,)
     data.streams = {
-        "short": {"split": "sft_64", "samples": 32, "length": (128,), "vision_masked": 1.0},
+        "blind": {"split": "sft_64", "samples": 24, "length": (128,), "vision_masked": 1.0},
         "middle": {"split": "sft_128", "samples": 16, "length": (192,)},
+        "blind_too": {"split": "sft_64", "samples": 24, "length": (128,), "vision_masked": 1.0},
         "long": {"split": "sft_256", "samples": 8, "length": (320,)},
     }
     data.loss_normalization = "token"
@@ -62,7 +63,8 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def publish(config: ConfigDict) -> None:
     """The published recipe on this data."""
-    config.data.streams.short.vision_masked = 0.0
+    for stream in ("blind", "blind_too"):
+        config.data.streams[stream].vision_masked = 0.0
     config.data.loss_normalization = "sample"
     config.optimizer = common.get_config().optimizer
 

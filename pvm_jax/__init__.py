@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pvm_jax.data.processor import Processor
+    from pvm_jax.generate import Generation
     from pvm_jax.models.qwen3_vl import Qwen3VL
 
 
@@ -45,3 +46,13 @@ def load(path: "str | Path", dtype: Any = "float32", scan: bool | None = None) -
     checkpoint = open_checkpoint(path)
     processor = Processor.from_pretrained(checkpoint.files)
     return load_model(checkpoint, dtype=dtype, scan=scan), processor
+
+
+def generate(model: "Qwen3VL", processor: "Processor", conversations: Any, **options: Any) -> "list[Generation]":
+    """Answers to conversations; the options are those of `generate` in the module `pvm_jax.generate`.
+
+    Once that module is imported, Python binds its name here in place of this function; it can be called likewise.
+    """
+    from pvm_jax.generate import generate
+
+    return generate(model, processor, conversations, **options)

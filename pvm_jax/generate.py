@@ -5,51 +5,29 @@
     out = pvm_jax.generate(model, processor, [{"messages": [...]}], max_new_tokens=64)
     out[0].text, out[0].token_ids, out[0].logprobs, out[0].finish_reason
 
-How it is fast:
-  - Prompts are padded on the right to few shapes (`bucket`), so that a second call compiles nothing.
-  - One dispatch runs up to `CHUNK` decode steps in a `while` loop on the device and stops early when every row has
-    ended. The state (cache, last tokens, random keys) is donated: the cache is updated in place.
-  - Attention reads all the slots a cache has, so the cache starts with room for 64 new tokens and doubles that room
-    when it is used up: a short answer does not pay for a long limit.
+Prompts are padded on the right to few shapes (`bucket`), so that the next call compiles nothing; the loop itself is
+`decoding.complete`, the choice of a token `sampling.sample`.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import logging
-from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, Int8, Key
-
-import pvm_jax.sharding
+import pvm_jax
 from pvm_jax.checkpoint import CheckpointError
 from pvm_jax.config import ConfigError
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.images import DataError
 from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
 from pvm_jax.data.processor import Processor
+from pvm_jax.decoding import complete
 from pvm_jax.hf_weights import WeightsError
-from pvm_jax.models import KVCache, Qwen3VL
-from pvm_jax.sampling import (
-    GenerationError,
-    Sampling,
-    Switches,
-    Values,
-    extend_history,
-    prompt_history,
-    row_keys,
-    sample,
-)
-
-CHUNK = 64  # decode steps a dispatch, and the room of the first cache
+from pvm_jax.models import Qwen3VL
+from pvm_jax.sampling import GenerationError, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,36 +47,6 @@ class Generation:
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
-
-
-@struct.dataclass
-class State:
-    """Where a generation stands between two dispatches.
-
-    Attributes:
-      cache: holds the prompt and all generated tokens but the last.
-      tokens: the last token of each row.
-      finished: rows that have produced a stop token. They run on with the others, and what they produce is dropped.
-      step: tokens generated so far, the same in every row.
-      keys: one random key a row, the same at every step.
-      history: which ids each row contains, if a penalty needs it.
-    """
-
-    cache: KVCache
-    tokens: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    step: Int[Array, ""]
-    keys: Key[Array, " B"]
-    history: Int8[Array, "B V"] | None
-
-
-@struct.dataclass
-class Settings:
-    """Inputs of every step that do not change: numbers of the sampler, ids never chosen, ids that end a row."""
-
-    values: Values
-    banned: Bool[Array, " V"]
-    stop: Int[Array, " stops"]
 
 
 def generate(
@@ -127,8 +75,8 @@ def generate(
       max_new_tokens: per row.
       temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty: see `sampling.Sampling`; the defaults
         are greedy. The checkpoint's generation_config.json is used for its stop tokens only.
-      seed: of row i, if a sequence. A number seeds rows 0, 1, ... differently; with a sequence, a row draws the same
-        alone and in any batch.
+      seed: one for each row, so that a row draws the same alone and in any batch; or a number, from which each row
+        gets another key.
       stop_token_ids: by default the checkpoint's. An empty list: always max_new_tokens.
       prompt_length, prompt_patches: T and P of the prefill; by default `bucket` of the largest prompt. Evaluations
         whose prompts vary pass their largest shape, to compile once.
@@ -138,16 +86,31 @@ def generate(
       DataError: a conversation that cannot be encoded, or is larger than the given shape.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty)
-    if max_new_tokens < 1:
-        raise GenerationError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     stops = processor.eos_token_ids if stop_token_ids is None else stop_token_ids
     prompts = encode(processor, conversations)
-    batch = _collate(prompts, prompt_length, prompt_patches)
-    keys = row_keys(seed, len(prompts))
-
-    switches, settings = _settings(model, processor, sampling, stops)
-    tokens, logprobs = _run(model, batch, keys, settings, switches, max_new_tokens)
-    return [_generation(processor, i, prompt, tokens[i], logprobs[i], stops) for i, prompt in enumerate(prompts)]
+    completions = complete(
+        model,
+        make_batch(prompts, prompt_length, prompt_patches),
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=stops,
+        banned_token_ids=processor.banned_token_ids,
+        seed=seed,
+    )
+    answers = []
+    for row, prompt in enumerate(prompts):
+        length, stopped = completions.lengths[row], completions.stopped[row]
+        ids = completions.tokens[row, :length].tolist()
+        answers.append(
+            Generation(
+                text=processor.decode(ids[:-1] if stopped else ids),
+                token_ids=ids,
+                logprobs=completions.logprobs[row, :length].tolist(),
+                finish_reason="stop" if stopped else "length",
+                prompt_tokens=len(prompt.tokens),
+            )
+        )
+    return answers
 
 
 def encode(processor: Processor, conversations: Sequence[Mapping[str, Any]]) -> list[Encoded]:
@@ -172,152 +135,13 @@ def bucket(size: int) -> int:
     return -(-max(size, 1) // step) * step
 
 
-def _collate(prompts: Sequence[Encoded], length: int | None, patches: int | None) -> Batch:
+def make_batch(prompts: Sequence[Encoded], length: int | None = None, patches: int | None = None) -> Batch:
+    """One prompt a row, T = `length` and P = `patches`, or as few as `bucket` allows."""
     if length is None:
         length = bucket(max(len(p.tokens) for p in prompts))
     if patches is None:
         patches = PATCHES_PER_TOKEN * bucket(max(len(p.patches) for p in prompts) // PATCHES_PER_TOKEN)
     return collate([[p] for p in prompts], length=length, patches=patches)
-
-
-def _settings(
-    model: Qwen3VL, processor: Processor, sampling: Sampling, stops: Sequence[int]
-) -> tuple[Switches, Settings]:
-    switches, values = sampling.split()
-    banned = np.zeros(model.config.text.vocab_size, bool)
-    banned[processor.banned_token_ids] = True
-    return switches, Settings(values=values, banned=jnp.asarray(banned), stop=jnp.asarray(stops, jnp.int32))
-
-
-def _run(
-    model: Qwen3VL, batch: Batch, keys: Array, settings: Settings, switches: Switches, max_new_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and log-probabilities, [B,n] each; what a row has after its stop token means nothing."""
-    graphdef, params = nnx.split(model)
-    prompt = batch.tokens.shape[1]
-    # The last token is never fed back, so it needs no slot.
-    rooms = cache_rooms(max_new_tokens - 1)
-    state, token, logprob = _prefill(
-        graphdef, params, batch, keys, settings, switches=switches, capacity=prompt + next(rooms, 0)
-    )
-    tokens, logprobs, generated = [np.asarray(token)[:, None]], [np.asarray(logprob)[:, None]], 1
-    while generated < max_new_tokens and not np.asarray(state.finished).all():
-        free = state.cache.capacity - prompt - (generated - 1)
-        if free == 0:
-            state = state.replace(cache=_grow(state.cache, prompt + next(rooms)))
-            continue
-        limit = min(CHUNK, free, max_new_tokens - generated)
-        state, token, logprob, steps = _decode(graphdef, params, state, np.int32(limit), settings, switches=switches)
-        steps = int(steps)
-        tokens.append(np.asarray(token)[:, :steps])
-        logprobs.append(np.asarray(logprob)[:, :steps])
-        generated += steps
-    return np.concatenate(tokens, axis=1), np.concatenate(logprobs, axis=1)
-
-
-def cache_rooms(needed: int) -> Iterator[int]:
-    """How many new tokens the cache has room for, stage after stage.
-
-    >>> list(cache_rooms(63)), list(cache_rooms(200)), list(cache_rooms(0))
-    ([64], [64, 128, 256], [])
-    """
-    room = CHUNK
-    while needed > 0:
-        yield room
-        if room >= needed:
-            return
-        room *= 2
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity"))
-def _prefill(
-    graphdef, params, batch: Batch, keys: Array, settings: Settings, *, switches: Switches, capacity: int
-) -> tuple[State, Array, Array]:
-    """State after the prompt, and each row's first token with its log-probability."""
-    rows, length = batch.tokens.shape
-    memory = batch.memory_index.shape[1]
-    logging.info("compiling prefill: %d rows of %d tokens, %d visual, cache %d", rows, length, memory, capacity)
-    model = nnx.merge(graphdef, params)
-    hidden, cache = model.prefill(batch, model.init_cache(rows, capacity, memory))
-    real = batch.segment_ids > 0
-    last = jnp.sum(real, axis=1) - 1
-    vocab = model.config.text.vocab_size
-    state = State(
-        cache=cache,
-        tokens=jnp.zeros((rows,), jnp.int32),
-        finished=jnp.zeros((rows,), bool),
-        step=jnp.zeros((), jnp.int32),
-        keys=keys,
-        history=prompt_history(batch.tokens, real, vocab) if switches.history else None,
-    )
-    logits = model.logits(hidden[jnp.arange(rows), last])
-    state, logprob = _choose(logits, state, settings, switches)
-    return state, state.tokens, logprob
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="switches", donate_argnums=2)
-def _decode(
-    graphdef, params, state: State, limit: Int[Array, ""], settings: Settings, *, switches: Switches
-) -> tuple[State, Int[Array, "B chunk"], Float[Array, "B chunk"], Int[Array, ""]]:
-    """Up to `limit` more tokens a row (at most CHUNK), their log-probabilities, and how many steps were made."""
-    rows = state.tokens.shape[0]
-    logging.info("compiling decode: %d rows, cache %d", rows, state.cache.capacity)
-    model = nnx.merge(graphdef, params)
-    put = jax.lax.dynamic_update_slice
-
-    def unfinished(carry):
-        state, _, _, steps = carry
-        return (steps < limit) & ~state.finished.all()
-
-    def step(carry):
-        state, tokens, logprobs, steps = carry
-        hidden, cache = model.decode(state.tokens, state.cache)
-        state, logprob = _choose(model.logits(hidden), state.replace(cache=cache), settings, switches)
-        tokens = put(tokens, state.tokens[:, None], (0, steps))
-        return state, tokens, put(logprobs, logprob[:, None], (0, steps)), steps + 1
-
-    empty = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
-    return jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def _grow(cache: KVCache, capacity: int) -> KVCache:
-    return cache.grow(capacity)
-
-
-def _choose(
-    logits: Float[Array, "B V"], state: State, settings: Settings, switches: Switches
-) -> tuple[State, Float[Array, " B"]]:
-    """The next token of every row."""
-    keys = state.keys if switches.greedy else jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    tokens, logprobs = sample(logits, keys, settings.banned, state.history, switches, settings.values)
-    return state.replace(
-        tokens=tokens,
-        finished=state.finished | jnp.isin(tokens, settings.stop),
-        step=state.step + 1,
-        history=extend_history(state.history, tokens) if switches.history else None,
-    ), logprobs
-
-
-def _generation(
-    processor: Processor, row: int, prompt: Encoded, tokens: np.ndarray, logprobs: np.ndarray, stops: Sequence[int]
-) -> Generation:
-    ends = np.flatnonzero(np.isin(tokens, np.asarray(stops, np.int32)))
-    count = int(ends[0]) + 1 if len(ends) else len(tokens)
-    bad = np.flatnonzero(~np.isfinite(logprobs[:count]))
-    if len(bad):
-        raise GenerationError(
-            f"conversation {row}, token {bad[0]}: expected a finite log-probability, got {logprobs[bad[0]]}; "
-            "is the checkpoint damaged, or its range too wide for the dtype?"
-        )
-    ids = tokens[:count].tolist()
-    return Generation(
-        text=processor.decode(ids[:-1] if len(ends) else ids),
-        token_ids=ids,
-        logprobs=logprobs[:count].tolist(),
-        finish_reason="stop" if len(ends) else "length",
-        prompt_tokens=len(prompt.tokens),
-    )
 
 
 class _CallableModule(types.ModuleType):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ SMALL = {
         "test_64": (5, Spec("test", 40)),
         "test_128": (3, Spec("test", 100, 60, verbose=1.0)),
         "test_256": (2, Spec("test", 60)),
-        "test_505": (2, Spec("test", 110, 100, verbose=1.0)),
+        "test_505": (2, Spec("test", 113, 99, verbose=1.0)),
     }
 }
 
@@ -45,6 +46,27 @@ def data(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "SPLITS", SMALL)
         return digits.prepare(tmp_path_factory.mktemp("digits_data"), "demo")
+
+
+@pytest.fixture(scope="module")
+def base_data(tmp_path_factory) -> dict[str, Path]:
+    """{config: directory} of what the base's runs read, a few rows each."""
+    small = {
+        "base": {
+            "easy": (3, Spec("train", 40, blocks=1.0)),
+            "short": (3, Spec("train", 40)),
+            "chains": (3, Spec("train", 60, blank=True)),
+        },
+        "long": {
+            "ends": (3, Spec("train", 31)),
+            "chains_256": (3, Spec("train", 60, blank=True)),
+            "chains_505": (3, Spec("train", 60, blank=True)),
+        },
+    }
+    folder = tmp_path_factory.mktemp("digits_base_data")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "SPLITS", small)
+        return {config: digits.prepare(folder, config) for config in small}
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +144,7 @@ def test_memory_order_gives_pvm_another_rows_image(model_dir, processor, data):
     batch = dataclasses.replace(batch, vision_masked=np.ones(2, bool))
     swapped = dataclasses.replace(batch, patches=batch.patches[::-1].copy())
     scorer = scoring.make_scorer(make_model(model_dir, pvm=True))
-    own, other, moved = (
-        np.asarray(scorer(b, o)) for b, o in ((batch, [0, 1]), (batch, [1, 0]), (swapped, [0, 1]))
-    )
+    own, other, moved = (np.asarray(scorer(b, o)) for b, o in ((batch, [0, 1]), (batch, [1, 0]), (swapped, [0, 1])))
     np.testing.assert_array_equal(other, moved)
     model = make_model(model_dir, pvm=True)
 
@@ -163,7 +183,10 @@ def test_summary_counts_reads_by_position():
     summary = summarise(records, edges=(0, 10, 20, 40))["long"]
     normal = summary["normal"]
     assert (normal["samples"], normal["tokens"]) == (2, [20, 30])
-    assert [(b["from"], b["to"], b["right"], b["count"]) for b in normal["by_position"]] == [(0, 10, 2, 3), (10, 20, 1, 2)]
+    assert [(b["from"], b["to"], b["right"], b["count"]) for b in normal["by_position"]] == [
+        (0, 10, 2, 3),
+        (10, 20, 1, 2),
+    ]
     assert (normal["reads"]["right"], normal["reads"]["count"]) == (3, 5)
     assert (normal["text"]["right"], normal["text"]["count"]) == (11, 12)
     assert (normal["exact"]["right"], normal["exact"]["count"]) == (1, 2)
@@ -225,7 +248,9 @@ def test_settings_that_cannot_be_used_are_refused(data):
         Protocol(path=str(data), splits=("test_64",), conditions=("blind",))
     with pytest.raises(DataError, match="samples: expected at least 2"):
         Protocol(path=str(data), splits=("test_64",), samples=1)
-    with pytest.raises(ResultError, match=r"config.evals.x.module: expected a Python module, got 'pvm_jax.evals.digit'"):
+    with pytest.raises(
+        ResultError, match=r"config.evals.x.module: expected a Python module, got 'pvm_jax.evals.digit'"
+    ):
         find_run("pvm_jax.evals.digit", "x")
     with pytest.raises(ResultError, match="expected a module with `run`"):
         find_run("pvm_jax.evals.scoring", "x")
@@ -251,7 +276,7 @@ def test_comparison_shows_every_result_and_draws_a_picture(tmp_path, capsys):
 
 
 def test_comparison_of_what_is_no_result_says_so(tmp_path):
-    with pytest.raises(ResultError, match="expected a result file that eval.py wrote, found none"):
+    with pytest.raises(ResultError, match="expected a result file that eval[.]py wrote, found none"):
         read_summary(tmp_path / "no.json")
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ResultError, match="does not parse"):
@@ -273,7 +298,7 @@ def test_sft_configurations(argument):
 
     config = digits_sft.get_config(argument)
     assert config.is_locked
-    masked = config.data.streams.short.vision_masked
+    masked = config.data.streams.blind.vision_masked
     assert masked == (0.0 if "paper" in argument else 1.0)
     if "paper" in argument:
         assert (config.optimizer.learning_rate, config.optimizer.b2, config.optimizer.multipliers) == (1e-4, 0.999, ())
@@ -282,21 +307,56 @@ def test_sft_configurations(argument):
     sys.path.remove(str(ROOT))
 
 
-def test_the_whole_experiment_in_miniature(data, model_dir, tmp_path):
+def test_the_whole_experiment_in_miniature(data, tmp_path):
     """Shipped checkpoint -> PVM -> SFT -> evaluation -> comparison, by the commands that the documentation gives."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as on a newcomer's machine
 
-    def command(*argv):
-        done = subprocess.run(
-            [sys.executable, *map(str, argv)], cwd=ROOT, timeout=300, capture_output=True, text=True
-        )
+    def command(*argv) -> str:
+        argv = [sys.executable, *map(str, argv)]
+        done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=400, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
-    pvm = tmp_path / "pvm"
-    base = ROOT / "assets" / "digits_base"
-    command("-m", "pvm_jax.convert", "from_hf", base, pvm, "--pvm_layers=1,3", "--pvm_hidden_size=64", "--pvm_init=fan_in")
-    command(
-        "train.py", "--config=configs/digits_sft.py:smoke", f"--workdir={tmp_path / 'sft'}",
-        f"--config.model.path={pvm}", f"--config.data.path={data}", "--config.data.samples=8",
-        "--config.mesh.fsdp=2", "--config.mesh.data=1",
-    )  # fmt: skip
+    base, pvm, sft = ROOT / "assets" / "digits_base", tmp_path / "pvm", tmp_path / "sft"
+    add = ("--pvm_layers=1,3", "--pvm_hidden_size=64", "--pvm_init=fan_in")
+    command("-m", "pvm_jax.convert", "from_hf", base, pvm, *add)
+    given = (f"--config.model.path={pvm}", f"--config.data.path={data}")
+    command("train.py", "--config=configs/digits_sft.py:smoke", f"--workdir={sft}", *given)
+    for name, checkpoint in (("base", base), ("sft", sft)):
+        given = (f"--config.checkpoint={checkpoint}", f"--config.evals.digits.path={data}")
+        command("eval.py", "--config=configs/digits_eval.py:smoke", f"--workdir={tmp_path / 'eval' / name}", *given)
+    files = [tmp_path / "eval" / name / "digits.json" for name in ("base", "sft")]
+    shown = command("-m", "pvm_jax.evals.compare", *files, f"--out={tmp_path / 'reads.png'}")
+    assert "another image's memory" in shown
+    assert (tmp_path / "reads.png").stat().st_size > 10_000
+    result = json.loads(files[1].read_text())
+    assert result["checkpoint"] == str(sft)
+    assert result["options"]["limit"] == 2
+    assert set(result["summary"]["test_505"]) == {"normal", "vision_masked", "other_memory"}
+
+
+@pytest.mark.parametrize("argument", ["smoke", "long,smoke", "stop,smoke"])
+def test_base_configurations_train_a_few_steps(argument, base_data, tmp_path):
+    """Each run of the base's recipe, four steps long; the first starts from random values, the others from a model."""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    path = {name: f"{base_data[name]}" for name in base_data}
+    argv = [sys.executable, "train.py", f"--config=configs/digits_base.py:{argument}", f"--workdir={tmp_path / 'run'}"]
+    argv += [f"--config.data.path={path['base']}", f"--config.model.path={ROOT / 'assets' / 'digits_base'}"]
+    if argument != "smoke":
+        streams = ("chains_256", "chains_505", *(["ends"] if "stop" in argument else []))
+        argv += [f"--config.data.streams.{stream}.path={path['long']}" for stream in streams]
+    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=400, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert ("label_accuracy" in lines[0]) == (argument == "smoke")
+
+
+def test_evaluation_without_a_checkpoint_says_what_to_pass(tmp_path):
+    argv = [sys.executable, "eval.py", "--config=configs/digits_eval.py", f"--workdir={tmp_path}"]
+    done = subprocess.run(argv, cwd=ROOT, timeout=200, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: config.checkpoint: expected a model directory; pass --config.checkpoint=DIR"
+    )

@@ -12,12 +12,14 @@ import oracle
 import pvm_reference
 import pytest
 import tiny
+from flax import nnx
 
 import pvm_jax
-from pvm_jax import generate as generation
+import pvm_jax.generate as generation
+from pvm_jax import decoding
 from pvm_jax.data.processor import Processor
 from pvm_jax.generate import generate
-from pvm_jax.sampling import GenerationError
+from pvm_jax.sampling import GenerationError, Sampling, row_keys
 
 STOPS = (tiny.TOKEN_ID["<|im_end|>"], tiny.TOKEN_ID["<|endoftext|>"])
 
@@ -118,7 +120,7 @@ def logprobs_of_one_pass(model, processor, sample: dict, tokens: list[int], temp
     [prompt] = generation.encode(processor, [sample])
     following = prompt.next_position + np.arange(len(tokens))
     length = len(prompt.tokens)
-    batch = generation._collate([prompt], length + len(tokens), None)
+    batch = generation.make_batch([prompt], length + len(tokens))
     batch.tokens[0, length:] = tokens
     batch.positions[:, 0, length:] = following
     batch.segment_ids[0, length:] = 1
@@ -157,14 +159,14 @@ def test_the_loop_stops_when_all_rows_have(pvm, monkeypatch):
     sample = prompts()["short"]
     tokens = generate(*pvm, [sample], max_new_tokens=8, stop_token_ids=[])[0].token_ids
     steps = []
-    decode = generation._decode
+    decode = decoding.decode
 
     def counted(*args, **options):
         out = decode(*args, **options)
         steps.append(int(out[3]))
         return out
 
-    monkeypatch.setattr(generation, "_decode", counted)
+    monkeypatch.setattr(decoding, "decode", counted)
     out = generate(*pvm, [sample], max_new_tokens=500, stop_token_ids=[tokens[7]])[0]
     assert steps == [tokens.index(tokens[7])] == [len(out.token_ids) - 1]
 
@@ -198,13 +200,14 @@ def test_the_same_shapes_compile_once(pvm, compilations):
 def test_the_decode_loop_updates_the_cache_in_place(pvm, rows):
     """No operation of the compiled loop produces a second buffer of a cache's size."""
     model, processor = pvm
-    batch = generation._collate(generation.encode(processor, [prompts()["short"]] * rows), None, None)
-    switches, settings = generation._settings(model, processor, generation.Sampling(), ())
-    graphdef, params = generation.nnx.split(model)
-    keys = generation.row_keys(0, rows)
+    batch = generation.make_batch(generation.encode(processor, [prompts()["short"]] * rows))
+    switches, settings = decoding.make_settings(model, Sampling(), (), ())
+    graphdef, params = nnx.split(model)
     capacity = 4096  # larger than every weight of the tiny model
-    state, _, _ = generation._prefill(graphdef, params, batch, keys, settings, switches=switches, capacity=capacity)
-    compiled = generation._decode.lower(graphdef, params, state, np.int32(8), settings, switches=switches).compile()
+    state, _, _ = decoding.prefill(
+        graphdef, params, batch, row_keys(0, rows), settings, switches=switches, capacity=capacity
+    )
+    compiled = decoding.decode.lower(graphdef, params, state, np.int32(8), settings, switches=switches).compile()
     size = rows * 2 * 16 * capacity
     made = {"copy": 0, "dynamic-update-slice": 0}
     for shape, operation in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", compiled.as_text()):
@@ -248,7 +251,7 @@ def test_settings_that_cannot_be_used(pvm, conversations, options, message):
 def test_logits_that_are_not_finite_are_an_error(pvm_checkpoint):
     model, processor = pvm_jax.load(pvm_checkpoint)
     model.text.norm[...] = model.text.norm[...] * np.nan
-    with pytest.raises(GenerationError, match=r"conversation 0, token 0: expected a finite log-probability, got nan"):
+    with pytest.raises(GenerationError, match=r"row 0, token 0: expected a finite log-probability, got nan"):
         generate(model, processor, [prompts()["short"]], max_new_tokens=2)
 
 

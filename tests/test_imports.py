@@ -9,29 +9,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BLOCKER = textwrap.dedent("""
-    import importlib.abc, sys
+# Absent, as seen by `import` and by `importlib.util.find_spec`, with which transformers looks for its backends.
+ABSENT = textwrap.dedent("""
+    from importlib.machinery import PathFinder
 
-    class Blocker(importlib.abc.MetaPathFinder):
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] in {"torch", "torchvision", "tensorflow", "ml_dtypes_torch"}:
-                raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+    find_spec = PathFinder.find_spec
 
-    sys.meta_path.insert(0, Blocker())
+    def find_others(name, path=None, target=None):
+        absent = name.split(".")[0] in {"torch", "torchvision", "tensorflow"}
+        return None if absent else find_spec(name, path, target)
+
+    PathFinder.find_spec = find_others
 """)
 
 
 def run(code: str) -> str:
     """Standard output of `code` in a Python that has neither torch nor TensorFlow."""
-    program = BLOCKER + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    program = ABSENT + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_the_blocker_blocks():
+def test_they_are_absent():
     with pytest.raises(AssertionError, match="No module named 'torch'"):
         run("import torch")
+    assert run("import importlib.util as i; print(i.find_spec('torch'), i.find_spec('tensorflow'))") == "None None\n"
 
 
 def test_every_module_imports():
@@ -39,7 +42,7 @@ def test_every_module_imports():
         import importlib, json, pkgutil
         import pvm_jax
         names = [m.name for m in pkgutil.walk_packages(pvm_jax.__path__, "pvm_jax.")]
-        for name in [*names, "train", "eval"]:
+        for name in names:
             importlib.import_module(name)
         print(json.dumps(names))
     """)
@@ -48,17 +51,18 @@ def test_every_module_imports():
     assert {f"pvm_jax.{name}" for name in expected} <= set(names)
 
 
-def test_load_process_read_and_generate(pvm_checkpoint):
+@pytest.mark.parametrize("program", ["train", "eval"])
+def test_the_programs_import(program):
+    run(f"import {program}")
+
+
+def test_load_and_generate(pvm_checkpoint):
     out = run(f"""
-        import json
         import pvm_jax, tests.tiny as tiny
         model, processor = pvm_jax.load({str(pvm_checkpoint)!r}, dtype="float32")
-        sample = tiny.conversations()["image"]
-        hidden = model(processor([sample]))
-        logits = model.logits(hidden)
-        question = {{"messages": sample["messages"][:1]}}
+        question = {{"messages": tiny.conversations()["image"]["messages"][:1]}}
         out = pvm_jax.generate(model, processor, [question], max_new_tokens=2, temperature=0.0)
-        print(json.dumps([list(hidden.shape), list(logits.shape), len(out[0].token_ids)]))
+        print(len(out[0].token_ids), out[0].prompt_tokens)
     """)
-    hidden, logits, generated = json.loads(out.splitlines()[-1])
-    assert hidden == [1, 96, 64] and logits == [1, 96, 544] and 1 <= generated <= 2
+    generated, prompt = map(int, out.splitlines()[-1].split())
+    assert 1 <= generated <= 2 and prompt > 8

@@ -1,6 +1,7 @@
 """Which module may import which, and what no module does: read from the syntax trees, nothing is executed."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +18,13 @@ LEVELS = (
     ("sharding",),
     ("models", "data"),
     ("hf_names", "hf_weights", "orbax_io", "fingerprint", "sampling"),
-    ("convert", "checkpoint", "generate", "hf_check"),
+    ("convert", "checkpoint", "decoding", "generate", "hf_check"),
     ("training", "evals", "analysis", "plan"),
 )
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 
 
+@functools.cache
 def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), str(file))
 

@@ -48,6 +48,21 @@ def test_loss_and_gradients_are_those_of_the_plain_formula(inputs, chunk):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_frozen_head_has_the_same_loss_and_gradient_and_is_checked(inputs):
+    """With a frozen head each log-probability's gradient is kept instead of computed again."""
+    head, hidden, tokens, weights = (inputs[k] for k in ("head", "hidden", "tokens", "weights"))
+
+    def loss(hidden, head, head_trains):
+        logits = lambda h: h @ head.T  # noqa: E731
+        return cross_entropy(logits, hidden, tokens, weights, chunk=4, head_trains=head_trains).sum
+
+    recomputed, kept = (jax.value_and_grad(loss)(hidden, head, trains) for trains in (True, False))
+    np.testing.assert_allclose(kept[0], recomputed[0], rtol=1e-6)
+    np.testing.assert_allclose(kept[1], recomputed[1], atol=1e-6)
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        jax.grad(loss, argnums=1)(hidden, head, False)
+
+
 def test_closed_form():
     """Logits [0, 0, log 2]: probabilities 1/4, 1/4, 1/2. Weights belong to the token that is predicted."""
     logits = jnp.log(jnp.array([1.0, 1.0, 2.0]))

@@ -34,24 +34,23 @@ def trainable_names(names: Sequence[str], table: Table) -> tuple[str, ...]:
     Raises:
       TrainingError: a name matches no row of the table, or nothing trains.
     """
-    chosen = []
-    for name in names:
-        for pattern, trainable in table:
-            if re.search(pattern, name):
-                if trainable:
-                    chosen.append(name)
-                break
-        else:
-            raise TrainingError(
-                f"config.freeze: no pattern matches the parameter {name!r}; "
-                "end the table with ('', False) or ('', True)"
-            )
+    chosen = [name for name in names if trains(name, table)]
     if not chosen:
         raise TrainingError(
             f"config.freeze: {list(table)} leaves nothing to train; does the checkpoint have PVM? "
             "(`python -m pvm_jax.convert from_hf SRC DST --pvm_layers=...` adds it)"
         )
     return tuple(chosen)
+
+
+def trains(name: str, table: Table) -> bool:
+    """Whether the parameter `name` trains; TrainingError if no row matches."""
+    for pattern, trainable in table:
+        if re.search(pattern, name):
+            return trainable
+    raise TrainingError(
+        f"config.freeze: no pattern matches the parameter {name!r}; end the table with ('', False) or ('', True)"
+    )
 
 
 class Partition:

@@ -1,16 +1,18 @@
 """Log-probabilities and cross-entropy from hidden states, in sequence chunks.
 
-No `[B,T,V]` array ever exists: each chunk's logits are computed, reduced and, in the backward pass, computed
-again (`jax.checkpoint`). Of a prompt full of image tokens nothing is scored at all: the wanted positions of each
-row are moved to its front, and chunks in which no row wants anything are skipped at run time. With answers a
-third as long as their prompts that is three quarters of the vocabulary projection saved, at the price of two
-permutations of the hidden states.
+No `[B,T,V]` array ever exists. Each chunk's logits are computed, reduced and, in the backward pass, computed again
+(`jax.checkpoint`). Where the vocabulary projection does not train, the second time is saved: a log-probability then
+depends on one hidden state alone, so its gradient, one vector a token, is computed with it and kept.
+
+Of a prompt full of image tokens nothing is scored at all: the wanted positions of each row are moved to its front,
+and chunks in which no row wants anything are skipped at run time. With answers a third as long as their prompts that
+is three quarters of the vocabulary projection saved, at the price of two permutations of the hidden states.
 
 Everything is fp32 from the logits on.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +46,15 @@ def token_scores(
     *,
     chunk: int = 128,
     temperature: float = 1.0,
+    head_trains: bool = True,
 ) -> TokenScores:
     """Scores `targets[b,t]` under `softmax(logits(hidden[b,t]) / temperature)` where `wanted`.
 
     Args:
       logits: the vocabulary projection; called on [B,chunk,D].
       chunk: columns at a time; B * chunk * V fp32 values exist at once.
+      head_trains: whether `logits` closes over parameters that are differentiated. False is a third cheaper, and
+        JAX raises if it is not true.
     """
     batch, length, _ = hidden.shape
     chunk = min(chunk, length)
@@ -66,26 +71,55 @@ def token_scores(
         of_target = jnp.take_along_axis(z, target[..., None], axis=-1)[..., 0]
         return of_target - jax.nn.logsumexp(z, axis=-1), of_target >= jnp.max(z, axis=-1)
 
-    def nothing(_: Array, target: Array) -> tuple[Array, Array]:
-        return jnp.zeros(target.shape, jnp.float32), jnp.zeros(target.shape, jnp.bool)
-
-    @jax.checkpoint
-    def body(h: Array, target: Array, want: Array) -> tuple[Array, Array]:
-        log_probs, correct = jax.lax.cond(want.any(), score, nothing, h, target)
-        return jnp.where(want, log_probs, 0), correct & want
-
     xs = (
         in_chunks(_permute(hidden, front, back)),
         in_chunks(jnp.take_along_axis(targets, front, axis=1)),
         in_chunks(jnp.take_along_axis(wanted, front, axis=1)),
     )
-    _, scored = jax.lax.scan(lambda _, x: (None, body(*x)), None, xs)
+    log_probs, correct = _recomputed(score, *xs) if head_trains else _kept(score, *xs)
 
     def in_place(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk)[:, :length]
         return jnp.take_along_axis(x, back, axis=1)
 
-    return TokenScores(*map(in_place, scored))
+    return TokenScores(in_place(jnp.where(xs[2], log_probs, 0)), in_place(xs[2] & correct))
+
+
+def _over_chunks(function: Callable, *xs: Array) -> Any:
+    """`function(h, target)` of every chunk in which something is wanted; zeros elsewhere."""
+
+    def body(_: None, x: tuple[Array, Array, Array]) -> tuple[None, Any]:
+        h, target, want = x
+        shapes = jax.eval_shape(function, h, target)
+
+        def nothing(*_: Array) -> Any:
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        return None, jax.lax.cond(want.any(), function, nothing, h, target)
+
+    return jax.lax.scan(body, None, xs)[1]
+
+
+def _recomputed(score: Callable, *xs: Array) -> tuple[Array, Array]:
+    return _over_chunks(jax.checkpoint(score), *xs)
+
+
+def _kept(score: Callable, *xs: Array) -> tuple[Array, Array]:
+    """The same values; the gradient of each log-probability is computed with it, and kept."""
+
+    def with_gradient(h: Array, target: Array) -> tuple[tuple[Array, Array], Array]:
+        log_probs, pull, correct = jax.vjp(lambda h: score(h, target), h, has_aux=True)
+        return (log_probs, correct), pull(jnp.ones_like(log_probs))[0]
+
+    @jax.custom_vjp
+    def scores(*xs: Array) -> tuple[Array, Array]:
+        return _over_chunks(score, *xs)
+
+    def backward(gradients: Array, cotangents: tuple[Array, Any]) -> tuple[Array, None, None]:
+        return (gradients * cotangents[0][..., None].astype(gradients.dtype), None, None)
+
+    scores.defvjp(lambda *xs: _over_chunks(with_gradient, *xs), backward)
+    return scores(*xs)
 
 
 def cross_entropy(
@@ -95,6 +129,7 @@ def cross_entropy(
     loss_weights: Float[Array, "B T"],
     *,
     chunk: int = 128,
+    head_trains: bool = True,
 ) -> Loss:
     """Next-token cross-entropy, weighted by `loss_weights` of the token that is predicted.
 
@@ -108,7 +143,7 @@ def cross_entropy(
     """
     weights = next_token(loss_weights)
     wanted = weights > 0
-    scores = token_scores(logits, hidden, next_token(tokens), wanted, chunk=chunk)
+    scores = token_scores(logits, hidden, next_token(tokens), wanted, chunk=chunk, head_trains=head_trains)
     targets = jnp.sum(wanted, dtype=jnp.float32)
     metrics = {
         "accuracy": (jnp.sum(scores.correct, dtype=jnp.float32), targets),

@@ -15,6 +15,7 @@ from flax import nnx
 
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
 from pvm_jax.data.sources import open_source
+from pvm_jax.training.freeze import trains
 from pvm_jax.training.losses import cross_entropy
 from pvm_jax.training.stage import Loss, Setup, Stage, StageBatch, TrainingError
 
@@ -25,7 +26,8 @@ LOADER_KEYS = frozenset(("loss_normalization", "overlong", "bad_rows", "pack", "
 
 def make_stage(setup: Setup, *, chunk: int = 128) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.sft"`."""
-    return SFT(make_loader(setup), chunk)
+    head = "text/embed_tokens" if setup.model_config.tie_word_embeddings else "lm_head"
+    return SFT(make_loader(setup), chunk, head_trains=trains(head, setup.freeze))
 
 
 @runtime_checkable
@@ -74,7 +76,14 @@ class SFT:
         )
 
     def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
-        return cross_entropy(model.logits, model(batch), batch.tokens, batch.loss_weights, chunk=self._chunk)
+        return cross_entropy(
+            model.logits,
+            model(batch),
+            batch.tokens,
+            batch.loss_weights,
+            chunk=self._chunk,
+            head_trains=self._head_trains,
+        )
 
     def close(self) -> None:
         if self._ahead is not None:

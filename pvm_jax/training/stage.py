@@ -13,7 +13,7 @@ stage needs no change to `train.py`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -38,6 +38,7 @@ class Setup:
     data: Mapping[str, Any]  # config.data as a plain dictionary
     seed: int
     row_multiple: int = 1  # the rows of a batch divide by it: mesh data x fsdp x config.micro_batches
+    freeze: Sequence[tuple[str, bool]] = (("", True),)  # see freeze.py; by default everything trains
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,40 @@
+"""Medians of alternating runs, and the memory bandwidth of the machine."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+Measure = Callable[[], float]
+"""Does its work once and returns seconds; what it must prepare is not in them."""
+
+
+def clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def alternate(measures: Mapping[str, Measure], rounds: int, pause: float = 0.2) -> dict[str, float]:
+    """Median seconds of each, run in turn after one round of warm-up.
+
+    The pause lets the worker threads of the other framework, which spin for a while, go to sleep.
+    """
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for i in range(rounds + 1):
+        for name, measure in measures.items():
+            time.sleep(pause)
+            seconds = measure()
+            if i:
+                times[name].append(seconds)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bandwidth(megabytes: int, rounds: int) -> dict[str, float]:
+    """Bytes a second: `copy` counts each byte as read and written, `read` is a sum."""
+    x = jnp.ones((megabytes * 2**18,), jnp.float32)
+    copy, read = jax.jit(lambda x: x + 1), jax.jit(jnp.sum)
+    median = alternate({"copy": lambda: clock(lambda: copy(x)), "read": lambda: clock(lambda: read(x))}, rounds)
+    return {"copy": 2 * x.nbytes / median["copy"], "read": x.nbytes / median["read"]}

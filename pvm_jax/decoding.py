@@ -1,0 +1,239 @@
+"""Prefill and a compiled loop of decode steps: from a batch of prompts to token ids and log-probabilities.
+
+How it is fast:
+  - One dispatch runs up to `CHUNK` decode steps in a `while` loop on the device and stops early when every row has
+    ended. The state (cache, last tokens, random keys) is donated: the cache is updated in place.
+  - Attention reads all the slots a cache has, so the cache starts with room for 64 new tokens and doubles that room
+    when it is used up: a short answer does not pay for a long limit.
+  - Programs depend on shapes (rows, prompt, cache) and on `sampling.Switches`; numbers of the sampler, stop tokens
+    and max_new_tokens are inputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx, struct
+from jaxtyping import Array, Bool, Float, Int, Int8, Key
+
+import pvm_jax.sharding  # noqa: F401  makes Batch a pytree
+from pvm_jax.data.batch import Batch
+from pvm_jax.models import KVCache, Qwen3VL
+from pvm_jax.sampling import (
+    GenerationError,
+    Sampling,
+    Switches,
+    Values,
+    extend_history,
+    prompt_history,
+    row_keys,
+    sample,
+)
+
+CHUNK = 64  # decode steps a dispatch, and the room of the first cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """What a batch of prompts was continued with.
+
+    Attributes:
+      tokens: i32 [B,n]; behind a row's stop token they mean nothing.
+      logprobs: f32 [B,n], see `sampling.sample`.
+      lengths: i32 [B], tokens of each row, its stop token included.
+      stopped: bool [B], the row ended with a stop token and not for want of room.
+    """
+
+    tokens: Int[np.ndarray, "B n"]
+    logprobs: Float[np.ndarray, "B n"]
+    lengths: Int[np.ndarray, " B"]
+    stopped: Bool[np.ndarray, " B"]
+
+
+def complete(
+    model: Qwen3VL,
+    batch: Batch,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int] = (),
+    banned_token_ids: Sequence[int] | Int[np.ndarray, " banned"] = (),
+    seed: int | Sequence[int] = 0,
+) -> Completions:
+    """Continues every row of a batch; a row's tokens depend on the row alone.
+
+    Args:
+      batch: one prompt a row, padded on the right.
+      stop_token_ids: end a row; none: always max_new_tokens.
+      banned_token_ids: are never chosen.
+      seed: see `sampling.row_keys`.
+
+    Raises:
+      GenerationError: max_new_tokens or seed out of range, or logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise GenerationError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    switches, settings = make_settings(model, sampling, stop_token_ids, banned_token_ids)
+    keys = row_keys(seed, batch.tokens.shape[0])
+    graphdef, params = nnx.split(model)
+    prompt = batch.tokens.shape[1]
+    rooms = cache_rooms(max_new_tokens - 1)  # the last token is never fed back, so it needs no slot
+
+    capacity = prompt + next(rooms, 0)
+    state, token, logprob = prefill(graphdef, params, batch, keys, settings, switches=switches, capacity=capacity)
+    tokens, logprobs, generated = [np.asarray(token)[:, None]], [np.asarray(logprob)[:, None]], 1
+    while generated < max_new_tokens and not np.asarray(state.finished).all():
+        free = state.cache.capacity - prompt - (generated - 1)
+        if free == 0:
+            state = state.replace(cache=_grow(state.cache, prompt + next(rooms)))
+            continue
+        limit = np.int32(min(CHUNK, free, max_new_tokens - generated))
+        state, token, logprob, steps = decode(graphdef, params, state, limit, settings, switches=switches)
+        tokens.append(np.asarray(token)[:, : int(steps)])
+        logprobs.append(np.asarray(logprob)[:, : int(steps)])
+        generated += int(steps)
+    return _completions(np.concatenate(tokens, axis=1), np.concatenate(logprobs, axis=1), stop_token_ids)
+
+
+def make_settings(
+    model: Qwen3VL,
+    sampling: Sampling,
+    stop_token_ids: Sequence[int],
+    banned_token_ids: Sequence[int] | Int[np.ndarray, " banned"],
+) -> tuple[Switches, "Settings"]:
+    """The static and the traced inputs of `prefill` and `decode`."""
+    switches, values = sampling.split()
+    banned = np.zeros(model.config.text.vocab_size, bool)
+    banned[np.asarray(banned_token_ids, np.int32)] = True
+    return switches, Settings(values, jnp.asarray(banned), jnp.asarray(stop_token_ids, jnp.int32))
+
+
+def _completions(tokens: np.ndarray, logprobs: np.ndarray, stop_token_ids: Sequence[int]) -> Completions:
+    stops = np.isin(tokens, np.asarray(stop_token_ids, np.int32))
+    stopped = stops.any(axis=1)
+    lengths = np.where(stopped, stops.argmax(axis=1) + 1, tokens.shape[1])
+    for row, column in np.argwhere(~np.isfinite(logprobs)):
+        if column < lengths[row]:
+            raise GenerationError(
+                f"row {row}, token {column}: expected a finite log-probability, got {logprobs[row, column]}; "
+                "is the checkpoint damaged, or its range too wide for the dtype?"
+            )
+    return Completions(tokens, logprobs, lengths.astype(np.int32), stopped)
+
+
+@struct.dataclass
+class State:
+    """Where a generation stands between two dispatches.
+
+    Attributes:
+      cache: holds the prompt and all generated tokens but the last.
+      tokens: the last token of each row.
+      finished: rows that have produced a stop token. They run on with the others, and what they produce is dropped.
+      step: tokens generated so far, the same in every row.
+      keys: one random key a row, the same at every step.
+      history: which ids each row contains, if a penalty needs it.
+    """
+
+    cache: KVCache
+    tokens: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+    step: Int[Array, ""]
+    keys: Key[Array, " B"]
+    history: Int8[Array, "B V"] | None
+
+
+@struct.dataclass
+class Settings:
+    """Inputs of every step that do not change: numbers of the sampler, ids never chosen, ids that end a row."""
+
+    values: Values
+    banned: Bool[Array, " V"]
+    stop: Int[Array, " stops"]
+
+
+def cache_rooms(needed: int) -> Iterator[int]:
+    """How many new tokens the cache has room for, stage after stage.
+
+    >>> list(cache_rooms(63)), list(cache_rooms(200)), list(cache_rooms(0))
+    ([64], [64, 128, 256], [])
+    """
+    room = CHUNK
+    while needed > 0:
+        yield room
+        if room >= needed:
+            return
+        room *= 2
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity"))
+def prefill(
+    graphdef, params, batch: Batch, keys: Array, settings: Settings, *, switches: Switches, capacity: int
+) -> tuple[State, Array, Array]:
+    """State after the prompt, and each row's first token with its log-probability."""
+    rows, length = batch.tokens.shape
+    memory = batch.memory_index.shape[1]
+    logging.info("compiling prefill: %d rows of %d tokens, %d visual, cache %d", rows, length, memory, capacity)
+    model = nnx.merge(graphdef, params)
+    hidden, cache = model.prefill(batch, model.init_cache(rows, capacity, memory))
+    real = batch.segment_ids > 0
+    last = jnp.sum(real, axis=1) - 1
+    vocab = model.config.text.vocab_size
+    state = State(
+        cache=cache,
+        tokens=jnp.zeros((rows,), jnp.int32),
+        finished=jnp.zeros((rows,), bool),
+        step=jnp.zeros((), jnp.int32),
+        keys=keys,
+        history=prompt_history(batch.tokens, real, vocab) if switches.history else None,
+    )
+    logits = model.logits(hidden[jnp.arange(rows), last])
+    state, logprob = _choose(logits, state, settings, switches)
+    return state, state.tokens, logprob
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="switches", donate_argnums=2)
+def decode(
+    graphdef, params, state: State, limit: Int[Array, ""], settings: Settings, *, switches: Switches
+) -> tuple[State, Int[Array, "B chunk"], Float[Array, "B chunk"], Int[Array, ""]]:
+    """Up to `limit` more tokens a row (at most CHUNK), their log-probabilities, and how many steps were made."""
+    rows = state.tokens.shape[0]
+    logging.info("compiling decode: %d rows, cache %d", rows, state.cache.capacity)
+    model = nnx.merge(graphdef, params)
+    put = jax.lax.dynamic_update_slice
+
+    def unfinished(carry):
+        state, _, _, steps = carry
+        return (steps < limit) & ~state.finished.all()
+
+    def step(carry):
+        state, tokens, logprobs, steps = carry
+        hidden, cache = model.decode(state.tokens, state.cache)
+        state, logprob = _choose(model.logits(hidden), state.replace(cache=cache), settings, switches)
+        tokens = put(tokens, state.tokens[:, None], (0, steps))
+        return state, tokens, put(logprobs, logprob[:, None], (0, steps)), steps + 1
+
+    empty = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
+    return jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _grow(cache: KVCache, capacity: int) -> KVCache:
+    return cache.grow(capacity)
+
+
+def _choose(
+    logits: Float[Array, "B V"], state: State, settings: Settings, switches: Switches
+) -> tuple[State, Float[Array, " B"]]:
+    """The next token of every row."""
+    keys = state.keys if switches.greedy else jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
+    tokens, logprobs = sample(logits, keys, settings.banned, state.history, switches, settings.values)
+    return state.replace(
+        tokens=tokens,
+        finished=state.finished | jnp.isin(tokens, settings.stop),
+        step=state.step + 1,
+        history=extend_history(state.history, tokens) if switches.history else None,
+    ), logprobs
