@@ -5,6 +5,7 @@
 Started again with the same flags, it goes on from the workdir's latest checkpoint, exactly.
 """
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pvm_jax.training.report import Reporter, due
 from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, load_stage, total_steps
 from pvm_jax.training.stage import Setup
 from pvm_jax.training.step import abstract_state, init_state, make_update, put_batch
-from pvm_jax.training.workdir import claim, write_model
+from pvm_jax.training.workdir import claim
 
 config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/sft.py:8b.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory of checkpoints and metrics; made if it is not there.")
@@ -63,10 +64,10 @@ def main(argv: list[str]) -> None:
     schedule = make_schedule(adamw, steps)
     optimizer = make_optimizer(adamw, schedule, partition.trainable)
     evaluators = [Evaluator.make(name, processor, entry) for name, entry in resolved["evals"].items()]
-    if main_process:
-        claim(workdir, resolved)
-        write_model(workdir, source, has_weights=options.init == "checkpoint")
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+    start = checkpoints.latest() or 0
+    if main_process:
+        claim(workdir, resolved, source, has_weights=options.init == "checkpoint", begun=start > 0)
 
     # ---- Parameters, in this order of precedence -----------------------------------------------------------------
     # 1. the workdir's latest checkpoint: trainable parameters, optimizer and position; frozen parameters as in 2
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     #    Hugging Face weights
     # 3. config.model.init="random": random values by config.seed
     frozen = blueprint.parameters(source, seed, partition.frozen)
-    start, meta = checkpoints.latest() or 0, {}
+    meta: dict[str, Any] = {}
     if start:
         abstract = abstract_state(optimizer, {n: blueprint.abstract[n] for n in partition.trainable}, mesh)
         state, meta = checkpoints.restore(start, abstract)
@@ -92,27 +93,23 @@ def main(argv: list[str]) -> None:
     def policy() -> nnx.Module:
         return partition.merge(state.trainable, frozen)
 
-    for step in range(start + 1, steps + 1):
-        drawn = stage.next_batch(step - 1, policy)
-        batch = put_batch(drawn.batch, mesh, micro_batches)
-        with reporter.compiling(batch):
-            state, metrics = update(state, frozen, batch)
-        reporter.step(step, drawn, metrics)
+    with closing(stage), closing(checkpoints), closing(reporter):
+        for step in range(start + 1, steps + 1):
+            drawn = stage.next_batch(step - 1, policy)
+            batch = put_batch(drawn.batch, mesh, micro_batches)
+            with reporter.compiling(batch):
+                state, metrics = update(state, frozen, batch)
+            reporter.step(step, drawn, metrics)
 
-        for evaluator in evaluators:
-            if due(step, evaluator.every, steps):
+            for evaluator in evaluators:
+                if due(step, evaluator.every, steps):
+                    reporter.flush()
+                    with reporter.paused():
+                        reporter.write(step, evaluator(policy()))
+            if due(step, config.checkpoint.every, steps):
                 reporter.flush()
-                with reporter.paused():
-                    reporter.write(step, evaluator(policy()))
-        if due(step, config.checkpoint.every, steps):
-            reporter.flush()
-            position = {"seed": seed, "data": {"next_step": step}, "metrics": reporter.sums(), "config": resolved}
-            checkpoints.save(step, state, position)
-
-    # ---- The end -------------------------------------------------------------------------------------------------
-    checkpoints.close()
-    reporter.close()
-    stage.close()
+                position = {"seed": seed, "data": {"next_step": step}, "metrics": reporter.sums(), "config": resolved}
+                checkpoints.save(step, state, position)
     say(f"trained {steps} steps; the result is {workdir}")
 
 

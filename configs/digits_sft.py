@@ -6,9 +6,12 @@ Launch, from the repository's root:
         --pvm_layers=1,3 --pvm_hidden_size=64 --pvm_init=fan_in
     python train.py --config=configs/digits_sft.py --workdir=runs/digits-sft
 
-Recipe: only PVM trains, on answers of at most 64, 128 and 256 tokens in turn. Two additions of this project, not the
-paper's: fan-in initialization (in the conversion), and visual attention dropout: in every batch of the shortest
-answers the backbone's attention from text to image tokens is masked, so that the branch has something to learn.
+Recipe: only PVM trains, on answers of at most 256 tokens. Two additions of this project, not the paper's: fan-in
+initialization (in the conversion), and visual attention dropout: in `blind` and `blind_long` batches the backbone's
+attention from text to image tokens is masked, so that the branch has something to learn. These come first, and go on
+in turn with unmasked ones from step 250. `blind_long` is there because short answers are terse: without it the branch
+reads in terse answers only. The gates learn 15 times as fast: they begin at 0, and the tiny model's residual stream
+has an RMS of 7 to 12.
 
 Arguments, separated by commas:
     paper   the published recipe: no dropout, AdamW 1e-4, betas 0.9 and 0.999, no decay, warm-up 10 %; for
@@ -29,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if unknown := [word for word in words if word not in ARGUMENTS]:
         raise ValueError(f"configs/digits_sft.py: expected some of {', '.join(ARGUMENTS)}, got {unknown}")
     config = common.get_config()
-    config.steps = 450
+    config.steps = 650
     config.model.path = "runs/digits-slots" if "slots" in words else "runs/digits-pvm"
 
     data = config.data
@@ -38,20 +41,20 @@ def get_config(argument: str = "") -> ConfigDict:
     data.threads = 2
     data.patches = (144,)
     data.streams = {
-        "blind": {"split": "sft_64", "samples": 24, "length": (128,), "vision_masked": 1.0},
-        "middle": {"split": "sft_128", "samples": 16, "length": (192,)},
-        "blind_too": {"split": "sft_64", "samples": 24, "length": (128,), "vision_masked": 1.0},
-        "long": {"split": "sft_256", "samples": 8, "length": (320,)},
+        "blind": {"split": "sft_64", "samples": 16, "length": (128,), "vision_masked": 1.0},
+        "blind_long": {"split": "sft_256", "samples": 8, "length": (320,), "vision_masked": 1.0, "start": 100},
+        "long": {"split": "sft_256", "samples": 8, "length": (320,), "start": 250},
+        "middle": {"split": "sft_128", "samples": 16, "length": (192,), "start": 250},
     }
     data.loss_normalization = "token"
 
     optimizer = config.optimizer
-    optimizer.learning_rate = 4e-3
+    optimizer.learning_rate = 8e-3
     optimizer.warmup_steps = 20
     optimizer.floor = 0.05
     optimizer.b2 = 0.98
     optimizer.weight_decay = 0.01
-    optimizer.multipliers = ((r"gate_alpha$", 5.0),)
+    optimizer.multipliers = ((r"gate_alpha$", 15.0),)
     config.checkpoint.every = 150
     config.log_every = 25
     if "paper" in words:
@@ -63,8 +66,10 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def publish(config: ConfigDict) -> None:
     """The published recipe on this data."""
-    for stream in ("blind", "blind_too"):
+    for stream in ("blind", "blind_long"):
         config.data.streams[stream].vision_masked = 0.0
+    for stream in config.data.streams.values():
+        stream.start = 0
     config.data.loss_normalization = "sample"
     config.optimizer = common.get_config().optimizer
 
@@ -76,3 +81,5 @@ def shrink(config: ConfigDict) -> None:
     config.checkpoint.every = 2
     for stream in config.data.streams.values():
         stream.samples = 2
+        if "start" in stream:
+            stream.start = 1

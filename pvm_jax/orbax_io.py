@@ -154,7 +154,8 @@ class Stored:
     def _regroup(self, path: str, sources: list[tuple[str, int]], arrays: Mapping[str, jax.Array]) -> jax.Array:
         if path in self.shapes:
             return arrays[path]
-        parts = [arrays[source][i : i + 1] for source, i in sources]
+        # The place is an operand: with `array[i : i + 1]` every layer would be a program of its own to compile.
+        parts = [jax.lax.dynamic_slice_in_dim(arrays[source], i, 1) for source, i in sources]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     def _sources(self, path: str) -> list[tuple[str, int]]:

@@ -18,6 +18,7 @@ from safetensors import numpy as st
 import pvm_jax
 from pvm_jax.checkpoint import (
     CheckpointError,
+    abstract_model,
     abstract_params,
     base_record,
     checksum,
@@ -30,7 +31,6 @@ from pvm_jax.config import ConfigError, ModelConfig
 from pvm_jax.convert import convert_from_hf, convert_to_hf
 from pvm_jax.hf_names import leaves
 from pvm_jax.model_files import copy_files, write_json
-from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.safetensors_io import WeightsError
 from pvm_jax.sharding import make_mesh
 from pvm_jax.training.checkpoints import Checkpoints
@@ -47,8 +47,7 @@ def native(pvm_checkpoint, tmp_path_factory) -> Path:
 
 
 def wanted(config: ModelConfig, scan: bool = True, mesh=None) -> dict[str, jax.ShapeDtypeStruct]:
-    model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0), scan=scan))
-    return abstract_params(nnx.state(model), mesh)
+    return abstract_params(nnx.state(abstract_model(config, scan=scan)), mesh)
 
 
 def values(model: nnx.Module) -> dict[str, np.ndarray]:
@@ -75,7 +74,7 @@ def by_layer(params: dict) -> dict[str, np.ndarray]:
     return flat
 
 
-def write_workdir(workdir: Path, base: Path | None, trainable: dict[str, jax.Array], steps=(3,)) -> Path:
+def write_workdir(workdir: Path, base: Path | None, trainable: dict[str, np.ndarray], steps=(3,)) -> Path:
     """As training leaves it: `trainable` grows by 1 with each step that is written."""
     (workdir / "model").mkdir(parents=True)
     files = open_checkpoint(base).files
@@ -84,19 +83,23 @@ def write_workdir(workdir: Path, base: Path | None, trainable: dict[str, jax.Arr
     write_json(workdir / "model" / "base.json", base_record(base))
     checkpoints = Checkpoints(workdir, keep=9)
     for i, step in enumerate(steps):
-        grown = {path: value + i for path, value in trainable.items()}
+        grown = {path: put(np.asarray(value) + np.float32(i)) for path, value in trainable.items()}
         checkpoints.save(step, TrainState(jnp.asarray(step), grown, {"count": jnp.asarray(step)}), {})
     checkpoints.wait()
     checkpoints.close()
     return workdir
 
 
-def trained(path: Path, scan: bool = True, pattern: str = "pvm_block") -> dict[str, jax.Array]:
+def put(value: np.ndarray) -> jax.Array:
+    """On every device, as training's small parameters are."""
+    return jax.device_put(value, NamedSharding(make_mesh(data=-1), PartitionSpec()))
+
+
+def trained(path: Path, scan: bool = True, pattern: str = "pvm_block") -> dict[str, np.ndarray]:
     """The parameters of `path` that match, doubled: stands in for training."""
     config = open_checkpoint(path).config
-    replicated = NamedSharding(make_mesh(data=-1), PartitionSpec())
     params = load_params(path, {p: w for p, w in wanted(config, scan).items() if pattern in p})
-    return {p: jax.device_put(v * 2, replicated) for p, v in params.items()}
+    return {p: np.asarray(v) * 2 for p, v in params.items()}
 
 
 # ---------------------------------------------------------------------------------------------- the table

@@ -311,6 +311,9 @@ def test_metadata_without_spans_is_refused(processor, data_dirs):
     batch, info = next(loader.epoch())
 
     class Other:
+        def __len__(self):
+            return 1
+
         def __getitem__(self, index):
             return {"id": "row", "messages": source[index]["messages"]}
 

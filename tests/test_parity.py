@@ -174,6 +174,13 @@ def test_one_call_equals_two(sides, rows):
     assert max(error(got[i], side, name) for i, name in enumerate(NAMES)) < LOGITS
 
 
+def test_the_public_way_without_jit(sides, processor):
+    """`model.logits(model(processor(samples)))`: a numpy batch, straight from the processor."""
+    side = sides("stock")
+    got = side.model.logits(side.model(processor([tiny.conversations()["short"]])))
+    assert error(np.asarray(got[0]), side, "short") < LOGITS
+
+
 # ---------------------------------------------------------------------------------------- vision tower
 
 

@@ -2,10 +2,10 @@
 
 `prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/1.0.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64, 128 and 256
-tokens; test answers by length, the longest 490-505), `base`, `long` and `text` what the tiny base model is trained on.
+tokens; test answers by length, the longest 490-505), `base` and `long` what the tiny base model is trained on.
 Features of a row:
 
-    image      192x192 PNG; not in config `text`
+    image      192x192 PNG
     question   the user's text
     answer     the assistant's text
     metadata   JSON: style, order, labels of the 36 cells, cells read, `digit_spans` and `no_loss` (`[start, end)` in
@@ -43,14 +43,7 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "chains_256": (3200, Spec("train", 256, verbose=0.75, blank=True)),
         "chains_505": (1600, Spec("train", 505, 260, verbose=1.0, blank=True)),
     },
-    "text": {
-        "ends": (24000, Spec("train", 31, verbose=0.5, blank=True)),
-        "chains": (3200, Spec("train", 505, verbose=0.75, blank=True)),
-    },
 }
-
-WITHOUT_IMAGES = ("text",)
-"""Configs whose rows are text alone."""
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -61,12 +54,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
             "question": tfds.features.Text(),
             "answer": tfds.features.Text(),
             "metadata": tfds.features.Text(),
         }
-        if self.builder_config.name not in WITHOUT_IMAGES:
-            features["image"] = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
@@ -78,12 +70,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             # Each row has its own generator: a longer split begins with the rows of a shorter one.
             example = make_example(np.random.default_rng([zlib.crc32(split.encode()), i]), spec)
             row = {
+                "image": _png(example.image),
                 "question": example.question,
                 "answer": example.answer,
                 "metadata": json.dumps(example.metadata(), separators=(",", ":")),
             }
-            if self.builder_config.name not in WITHOUT_IMAGES:
-                row["image"] = _png(example.image)
             yield i, row
 
 

@@ -215,7 +215,7 @@ def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
         summary, _ = evaluate(model, processor, protocol)
         return {
-            f"{split}/{condition}/{name}": (s[name]["right"], s[name]["count"])
+            f"{split}/{condition}/{name}": (float(s[name]["right"]), float(s[name]["count"]))
             for split, by in summary.items()
             for condition, s in by.items()
             for name in ("exact", "reads", "text")

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+import pvm_jax.sharding  # noqa: F401  makes Batch a pytree
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import cache as kv
@@ -60,10 +61,11 @@ class Qwen3VL(nnx.Module):
         """Hidden states after the final norm, in the compute dtype.
 
         Args:
-          batch: packed rows.
+          batch: packed rows, as numpy or jax arrays.
           memory: visual tokens for PVM to read instead of the batch's own (an ablation: another image's memory).
           visual: the batch's visual tokens, where the caller has them already.
         """
+        batch = jax.tree.map(jnp.asarray, batch)
         visual = self.encode_images(batch) if visual is None else visual
         is_visual = batch.visual_index >= 0
         columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
@@ -79,7 +81,7 @@ class Qwen3VL(nnx.Module):
 
     def encode_images(self, batch: Batch) -> VisualTokens:
         """Visual tokens and DeepStack features of the batch's patches."""
-        return self.visual(batch, self.dtype)
+        return self.visual(jax.tree.map(jnp.asarray, batch), self.dtype)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding, fp32."""
@@ -97,6 +99,7 @@ class Qwen3VL(nnx.Module):
         Rows hold one sample each (segment ids 1, then 0); `batch.positions` count from `cache.next_position`. The
         caller makes sure that T more tokens and M more visual tokens fit.
         """
+        batch = jax.tree.map(jnp.asarray, batch)
         real = batch.segment_ids > 0
         is_visual = batch.visual_index >= 0
         visual = self.encode_images(batch)

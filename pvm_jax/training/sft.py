@@ -44,9 +44,10 @@ class Batches(Protocol):
 class SFT:
     """Batches of a loader, next-token loss on `Batch.loss_weights`."""
 
-    def __init__(self, loader: Batches, chunk: int = 128):
+    def __init__(self, loader: Batches, chunk: int = 128, *, head_trains: bool = True):
         self._loader = loader
         self._chunk = chunk
+        self._head_trains = head_trains
         self._ahead: Iterator[tuple[Any, BatchInfo]] | None = None
         self._next_step = -1
         self.steps_per_epoch = loader.steps_per_epoch()

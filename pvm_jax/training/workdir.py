@@ -8,6 +8,7 @@ metrics.jsonl, tensorboard/
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,42 +23,25 @@ from pvm_jax.training.stage import TrainingError
 FREE = ("mesh.", "checkpoint.", "evals.", "data.threads", "log_every", "compilation_cache", "distributed")
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the workdir, or checks that it holds a run of this configuration; then writes `config.json`.
-
-    Raises:
-      TrainingError: it holds another configuration; the message says which keys differ.
-    """
-    file = workdir / "config.json"
-    config = json.loads(json.dumps(config))  # tuples compare as the lists that JSON makes of them
-    if file.exists():
-        stored, given = leaves(read_json(file)), leaves(config)
-        differ = [
-            f"{key} (there {stored.get(key)!r}, here {given.get(key)!r})"
-            for key in sorted(stored.keys() | given.keys())
-            if stored.get(key) != given.get(key) and not key.startswith(FREE)
-        ]
-        if differ:
-            raise TrainingError(
-                f"{workdir} holds a run of another configuration, which differs in {'; '.join(differ)}: "
-                "choose another --workdir"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    write_json(partial, config)
-    partial.replace(file)
-
-
-def write_model(workdir: Path, source: Checkpoint, *, has_weights: bool) -> None:
-    """Writes `workdir/model`, or checks that the weights are still those that the run began with.
+def claim(workdir: Path, config: Mapping[str, Any], source: Checkpoint, *, has_weights: bool, begun: bool) -> None:
+    """Writes `config.json` and `model/`, or checks that they are those of this run.
 
     Args:
+      config: the resolved configuration.
       source: the checkpoint that the run starts from.
       has_weights: False where only its config, tokenizer and processor are used.
+      begun: the workdir has a checkpoint. Without one there is nothing to protect, and a run that failed to start
+        may be started again with other settings.
+
+    Raises:
+      TrainingError: it holds a run of another configuration (the message says which keys differ), or the weights
+        are no longer those that the run began with.
     """
+    config = json.loads(json.dumps(config))  # tuples compare as the lists that JSON makes of them
     record = base_record(source.path if has_weights else None)
     model = workdir / "model"
-    if model.exists():
+    if begun:
+        _refuse_other_configuration(workdir, config)
         before = read_json(model / BASE)
         if before.get("checksum") != record["checksum"]:
             raise TrainingError(
@@ -65,8 +49,29 @@ def write_model(workdir: Path, source: Checkpoint, *, has_weights: bool) -> None
                 f"{before.get('checksum')}), but those of {record['path']} have {record['checksum']}: "
                 "put the weights back or choose another --workdir"
             )
+    workdir.mkdir(parents=True, exist_ok=True)
+    partial = workdir / "config.json.partial"
+    write_json(partial, config)
+    partial.replace(workdir / "config.json")
+    if begun:
         return
+    if (model / BASE).exists():
+        shutil.rmtree(model)
     with new_directory(model) as partial:
         copy_files(source.files, partial)
         write_json(partial / "config.json", read_json(source.files / "config.json"))
         write_json(partial / BASE, record)
+
+
+def _refuse_other_configuration(workdir: Path, config: Mapping[str, Any]) -> None:
+    stored, given = leaves(read_json(workdir / "config.json")), leaves(config)
+    differ = [
+        f"{key} (there {stored.get(key)!r}, here {given.get(key)!r})"
+        for key in sorted(stored.keys() | given.keys())
+        if stored.get(key) != given.get(key) and not key.startswith(FREE)
+    ]
+    if differ:
+        raise TrainingError(
+            f"{workdir} holds a run of another configuration, which differs in {'; '.join(differ)}: "
+            "choose another --workdir"
+        )
