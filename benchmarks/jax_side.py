@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from timing import clock
 
 from pvm_jax import decoding
@@ -27,8 +28,18 @@ from pvm_jax.training.step import init_state, make_update, put_batch
 PVM_ONLY = (("pvm_block/", True), ("", False))
 
 
-def load(directory: Path, scan: bool | None = None) -> Qwen3VL:
-    return load_model(open_checkpoint(directory), dtype=jnp.float32, scan=scan)
+def load(directory: Path) -> Qwen3VL:
+    """As `pvm_jax.load` gives it."""
+    return load_model(open_checkpoint(directory), dtype=jnp.float32)
+
+
+def load_for_training(directory: Path) -> Qwen3VL:
+    """As `train.py` has it: stacked layers, on a mesh (of one device)."""
+    return load_model(open_checkpoint(directory), dtype=jnp.float32, scan=True, mesh=_mesh())
+
+
+def _mesh() -> Mesh:
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def without_pvm(model: Qwen3VL) -> Qwen3VL:
@@ -123,7 +134,7 @@ class Train:
             # Samples of one row share its patches, so a row has room for as many images as it has samples.
             patches = max(len(s.patches) for s in samples) * (row // min(len(s.tokens) for s in samples))
             self.batch = pack(samples, length=row, patches=bucket(patches))
-        self.mesh = make_mesh(devices=jax.devices()[:1])
+        self.mesh = _mesh()
         partition = Partition(model, PVM_ONLY)
         trainable, self.frozen = partition.split(model)
         config = OptimizerConfig(1e-4, warmup_steps=0)

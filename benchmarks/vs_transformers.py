@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Benchmark:
         import problem
         import torch_side
 
-        model = jax_side.load(self.directory, scan=True)  # as train.py stores it
+        model = jax_side.load_for_training(self.directory)
         self.torch_model.with_pvm = True
 
         def theirs(parts, release):
@@ -229,8 +230,12 @@ def main(argv: list[str] | None = None) -> None:
     args = options(argv)
     limit_threads(args.threads)
     import torch
+    import transformers
 
     torch.set_num_threads(args.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
     about = machine(args.threads)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     with tempfile.TemporaryDirectory() as directory:

@@ -12,13 +12,14 @@ How it is fast:
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float, Int, Int8, Key
+from jaxtyping import Array, Bool, Float, Int
 
 import pvm_jax.sharding  # noqa: F401  makes Batch a pytree
 from pvm_jax.data.batch import Batch
@@ -138,12 +139,13 @@ class State:
       history: which ids each row contains, if a penalty needs it.
     """
 
+    # Not typed as arrays: JAX builds these classes with shapes and other stand-ins as leaves, too.
     cache: KVCache
-    tokens: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    step: Int[Array, ""]
-    keys: Key[Array, " B"]
-    history: Int8[Array, "B V"] | None
+    tokens: Any  # i32 [B]
+    finished: Any  # bool [B]
+    step: Any  # i32 []
+    keys: Any  # random keys [B]
+    history: Any  # i8 [B,V] or None
 
 
 @struct.dataclass
@@ -151,8 +153,8 @@ class Settings:
     """Inputs of every step that do not change: numbers of the sampler, ids never chosen, ids that end a row."""
 
     values: Values
-    banned: Bool[Array, " V"]
-    stop: Int[Array, " stops"]
+    banned: Any  # bool [V]
+    stop: Any  # i32 [stops]
 
 
 def cache_rooms(needed: int) -> Iterator[int]:

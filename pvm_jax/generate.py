@@ -52,7 +52,7 @@ class Generation:
 def generate(
     model: Qwen3VL,
     processor: Processor,
-    conversations: Sequence[Mapping[str, Any]],
+    conversations: Sequence[Any] | Mapping[str, Any],
     *,
     max_new_tokens: int = 512,
     temperature: float | int = 0.0,
@@ -113,7 +113,7 @@ def generate(
     return answers
 
 
-def encode(processor: Processor, conversations: Sequence[Mapping[str, Any]]) -> list[Encoded]:
+def encode(processor: Processor, conversations: Sequence[Any] | Mapping[str, Any]) -> list[Encoded]:
     """Prompts as the model sees them, ending with the opening of the assistant's turn."""
     if isinstance(conversations, Mapping) or not conversations:
         raise GenerationError(

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import numpy as st
 
 import pvm_jax
@@ -83,16 +82,11 @@ def write_workdir(workdir: Path, base: Path | None, trainable: dict[str, np.ndar
     write_json(workdir / "model" / "base.json", base_record(base))
     checkpoints = Checkpoints(workdir, keep=9)
     for i, step in enumerate(steps):
-        grown = {path: put(np.asarray(value) + np.float32(i)) for path, value in trainable.items()}
+        grown = {path: jax.device_put(value + np.float32(i)) for path, value in trainable.items()}
         checkpoints.save(step, TrainState(jnp.asarray(step), grown, {"count": jnp.asarray(step)}), {})
     checkpoints.wait()
     checkpoints.close()
     return workdir
-
-
-def put(value: np.ndarray) -> jax.Array:
-    """On every device, as training's small parameters are."""
-    return jax.device_put(value, NamedSharding(make_mesh(data=-1), PartitionSpec()))
 
 
 def trained(path: Path, scan: bool = True, pattern: str = "pvm_block") -> dict[str, np.ndarray]:

@@ -52,8 +52,12 @@ def data(tmp_path_factory) -> Path:
 def base_data(tmp_path_factory) -> dict[str, Path]:
     """{config: directory} of what the base's runs read, a few rows each."""
     small = {
-        "base": {"easy": (3, Spec("train", 40, blocks=1.0)), "short": (3, Spec("train", 40))},
-        "text": {"ends": (3, Spec("train", 31, blank=True)), "chains": (3, Spec("train", 60, blank=True))},
+        "base": {
+            "easy": (3, Spec("train", 40, blocks=1.0)),
+            "short": (3, Spec("train", 40)),
+            "chains": (3, Spec("train", 60, blank=True)),
+        },
+        "long": {f"chains_{n}": (3, Spec("train", 60, blank=True)) for n in (256, 505)},
     }
     folder = tmp_path_factory.mktemp("digits_base_data")
     with pytest.MonkeyPatch.context() as patch:
@@ -327,19 +331,23 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
     assert set(result["summary"]["test_505"]) == {"normal", "vision_masked", "other_memory"}
 
 
-def test_base_configuration_trains_a_step_of_each_kind_of_batch(base_data, tmp_path):
+def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_path):
+    """Both runs of the base, the second on the result of the first."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    argv = [sys.executable, "train.py", "--config=configs/digits_base.py:smoke", f"--workdir={tmp_path / 'run'}"]
-    argv += [f"--config.data.path={base_data['base']}"]
-    argv += [f"--config.data.streams.{stream}.path={base_data['text']}" for stream in ("ends", "chains")]
-    done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=400, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [next(key for key in line if key.startswith("loss/")) for line in lines] == [
-        "loss/ends", "loss/easy", "loss/short", "loss/chains"
-    ]  # fmt: skip
-    assert all(np.isfinite(line["loss"]) for line in lines)
-    assert ["label_accuracy" in line for line in lines] == [False, True, True, False]
+
+    def train(argument: str, workdir: Path, *given: str) -> set[str]:
+        argv = [sys.executable, "train.py", f"--config=configs/digits_base.py:{argument}", f"--workdir={workdir}"]
+        argv += [f"--config.data.path={base_data['base']}", *given]
+        done = subprocess.run(argv, cwd=ROOT, env=environment, timeout=400, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert all(np.isfinite(line["loss"]) for line in lines)
+        return {key for line in lines for key in line if key.startswith("loss/")}
+
+    assert train("smoke", tmp_path / "see") == {"loss/easy", "loss/short", "loss/chains"}
+    chains = [f"--config.data.streams.{s}.path={base_data['long']}" for s in ("chains_256", "chains_505")]
+    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", *chains)
+    assert kinds == {"loss/short", "loss/chains_256", "loss/chains_505"}
 
 
 def test_evaluation_without_a_checkpoint_says_what_to_pass(tmp_path):

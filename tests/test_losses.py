@@ -113,7 +113,8 @@ def test_mean_of_sample_means_is_a_matter_of_weights():
         np.testing.assert_allclose(loss.sum / loss.count, mean, rtol=1e-5)
 
 
-def test_no_array_over_the_vocabulary_and_prompts_cost_nothing(inputs):
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_no_array_over_the_vocabulary_and_prompts_cost_nothing(head_trains):
     """In the compiled gradient the largest array over V is one chunk; unwanted chunks are behind a conditional."""
     length, chunk, vocabulary = 96, 8, 1031
     args = (
@@ -122,7 +123,12 @@ def test_no_array_over_the_vocabulary_and_prompts_cost_nothing(inputs):
         jax.ShapeDtypeStruct((2, length), jnp.int32),
         jax.ShapeDtypeStruct((2, length), jnp.float32),
     )
-    step = jax.jit(jax.grad(lambda *a: chunked(*a, chunk).sum, argnums=1))
+
+    def loss(head, hidden, tokens, weights):
+        logits = lambda h: h @ head.T  # noqa: E731
+        return cross_entropy(logits, hidden, tokens, weights, chunk=chunk, head_trains=head_trains).sum
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1) if head_trains else 1))
     text = step.lower(*args).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"f32\[([0-9,]+)\]", text) if str(vocabulary) in s}
     assert shapes, "the vocabulary axis should be visible in the compiled module"

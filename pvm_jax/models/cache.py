@@ -6,14 +6,14 @@ embedding are kept per row and do not depend on slots.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pvm_jax.config import ModelConfig
-from pvm_jax.models.pvm import ProjectedMemory
 from pvm_jax.models.stack import group_name
 
 # A group's keys and values: [L,B,K,S,H] without those of the axes L, B, K that have length 1. XLA:CPU copies a buffer
@@ -67,16 +67,17 @@ class KVCache:
     next_position: [B] rotary position of the next token.
     """
 
-    keys: dict[str, Float[Array, "... S H"]]
-    values: dict[str, Float[Array, "... S H"]]
-    memory: dict[str, ProjectedMemory]
-    memory_slots: Int[Array, "B M"]
-    memory_filled: Int[Array, ""]
-    filled: Int[Array, ""]
-    valid: Bool[Array, "B S"]
-    visual: Bool[Array, "B S"]
-    vision_masked: Bool[Array, " B"]
-    next_position: Int[Array, " B"]
+    # Not typed as arrays: JAX builds this class with shapes, layouts and other stand-ins as leaves, too.
+    keys: dict[str, Any]
+    values: dict[str, Any]
+    memory: dict[str, tuple[Any, Any]]
+    memory_slots: Any
+    memory_filled: Any
+    filled: Any
+    valid: Any
+    visual: Any
+    vision_masked: Any
+    next_position: Any
 
     @property
     def capacity(self) -> int:

@@ -76,7 +76,7 @@ def token_scores(
         in_chunks(jnp.take_along_axis(targets, front, axis=1)),
         in_chunks(jnp.take_along_axis(wanted, front, axis=1)),
     )
-    log_probs, correct = _recomputed(score, *xs) if head_trains else _kept(score, *xs)
+    log_probs, correct = _over_chunks(score, *xs, recompute=True) if head_trains else _kept(score, *xs)
 
     def in_place(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk)[:, :length]
@@ -85,23 +85,20 @@ def token_scores(
     return TokenScores(in_place(jnp.where(xs[2], log_probs, 0)), in_place(xs[2] & correct))
 
 
-def _over_chunks(function: Callable, *xs: Array) -> Any:
+def _over_chunks(function: Callable, *xs: Array, recompute: bool = False) -> Any:
     """`function(h, target)` of every chunk in which something is wanted; zeros elsewhere."""
 
-    def body(_: None, x: tuple[Array, Array, Array]) -> tuple[None, Any]:
-        h, target, want = x
+    def chunk(h: Array, target: Array, want: Array) -> Any:
         shapes = jax.eval_shape(function, h, target)
 
         def nothing(*_: Array) -> Any:
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-        return None, jax.lax.cond(want.any(), function, nothing, h, target)
+        return jax.lax.cond(want.any(), function, nothing, h, target)
 
-    return jax.lax.scan(body, None, xs)[1]
-
-
-def _recomputed(score: Callable, *xs: Array) -> tuple[Array, Array]:
-    return _over_chunks(jax.checkpoint(score), *xs)
+    # The conditional is inside of what is recomputed: its own residuals would hold the head once per chunk.
+    chunk = jax.checkpoint(chunk) if recompute else chunk
+    return jax.lax.scan(lambda _, x: (None, chunk(*x)), None, xs)[1]
 
 
 def _kept(score: Callable, *xs: Array) -> tuple[Array, Array]:

@@ -60,7 +60,7 @@ class MetricWriter:
         self._board.close()
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The lines of a workdir's `metrics.jsonl`, oldest first; a last line cut off by a kill is left out."""
     lines = []
     for line in (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):

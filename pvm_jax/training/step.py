@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.sharding import BATCH_AXES, shard_batch
@@ -22,9 +22,12 @@ GATE = re.compile(r"text/layers/(\d+)/pvm_block/gate_alpha$")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an optimizer step changes. Random keys are not here: what is drawn is a function of (seed, step)."""
+    """All that an optimizer step changes. Random keys are not here: what is drawn is a function of (seed, step).
 
-    step: Int[Array, ""]
+    Holds arrays, or their shapes with shardings.
+    """
+
+    step: Any  # i32 []
     trainable: Arrays
     optimizer: Any  # optax state; its moments are dictionaries with the names of `trainable`
 
@@ -83,7 +86,7 @@ def split_rows(batch: Any, parts: int) -> Any:
     Micro-batch i takes rows i, i + parts, ...: rows that lie on one device then stay there.
     """
 
-    def one(path: tuple[Any, ...], x: Array) -> Array:
+    def one(path: tuple[Any, ...], x: Any) -> Array:
         axis = 1 if getattr(path[-1], "name", "") == "positions" else 0
         shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
