@@ -108,9 +108,9 @@ def shrink(config: ConfigDict) -> None:
     config.steps = 4
     config.log_every = 1
     config.checkpoint.every = 2
-    for start, stream in enumerate(config.data.streams.values()):
+    for stream in config.data.streams.values():
         stream.samples = 2
         if "start" in stream:
-            stream.start = start
+            stream.start = 0
         if "stop" in stream:
-            stream.stop = 1
+            stream.stop = config.steps
