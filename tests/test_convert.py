@@ -513,7 +513,8 @@ def test_check_against_transformers(pvm_checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(hf_check, "close_gates", lambda model: None)
     status, out, _ = run("check", pvm_checkpoint, capsys=capsys)
     assert status == 1
-    assert [line.endswith("ok") for line in out.splitlines()[1:]] == [True, False, False], out  # no PVM without an image
+    # Without an image there is nothing in PVM's memory.
+    assert [line.endswith("ok") for line in out.splitlines()[1:]] == [True, False, False], out
 
 
 def test_check_of_a_native_checkpoint(stock_checkpoint, tmp_path, capsys):
