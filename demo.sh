@@ -39,4 +39,4 @@ step "export: back to a Hugging Face checkpoint"
 $PYTHON -m pvm_jax.convert to_hf "$RUNS/pvm" "$RUNS/pvm-hf"
 
 step "result"
-$PYTHON -m pvm_jax.evals.compare "$RUNS"/eval-{base,slots,pvm}/digits.json --out="$RUNS/reads.png"
+$PYTHON -m pvm_jax.evals.compare "$RUNS"/eval-{base,slots,pvm}/digits.json --names="base,base + slots,base + PVM" --out="$RUNS/reads.png"
