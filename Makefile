@@ -23,7 +23,7 @@ base: .venv/.demo
 	$(PY) train.py --config=configs/digits_base.py:long --workdir=runs/digits-base-long
 	$(PY) -m pvm_jax.convert to_hf runs/digits-base-long runs/digits-base-hf
 
-# Ratios against transformers; a quiet machine, about ten minutes.
+# Ratios against transformers; wants a quiet machine.
 bench: .venv/.test
 	$(PY) benchmarks/vs_transformers.py
 
