@@ -199,7 +199,9 @@ class Chat:
             else:
                 encoded = self._plain.encode(piece.text, add_special_tokens=False)
                 ids += encoded.ids
-                learned += [bool(piece.learned[start : max(end, start + 1)].all()) for start, end in encoded.offsets]
+                start, end = np.array(encoded.offsets).reshape(-1, 2).T
+                unlearned = np.append(0, np.cumsum(~piece.learned))  # before each character
+                learned += (unlearned[np.maximum(end, start + 1)] == unlearned[start]).tolist()
         return ids, learned
 
     def tokenize_text(self, text: str) -> list[int]:

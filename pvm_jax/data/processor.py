@@ -268,7 +268,10 @@ class _Assembly:
         self.tokens += ids
         self.learned += learned or [False] * len(ids)
         self.visual_index += [-1] * len(ids)
-        self.spans.append(len(ids))
+        if self.spans and isinstance(self.spans[-1], int):
+            self.spans[-1] += len(ids)  # one span for a whole text: positions cost time by the span
+        else:
+            self.spans.append(len(ids))
 
     def _add_grid(self, visual: _Visual, token: int) -> None:
         merge = self.processor.config.vision.spatial_merge_size
