@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
                 "random_init": "normal",  # or "fan_in"
                 "dtype": placeholder(str),  # None: float32 on CPUs, bfloat16 on accelerators
                 "remat": False,  # recompute each layer in the backward pass
+                "attention": "auto",  # by platform: "splash" on TPU, "cudnn" on CUDA, else the reference, "xla"
+                "size": placeholder(str),  # the released size that `path` should have; pvm_jax.plan needs no path then
             },
             "processor": {
                 # height x width of an image after the resize; None: the checkpoint's limits. 1,024 pixels are a token.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pvm_jax.config import ModelConfig, PVMConfig, TextConfig
 from pvm_jax.models import rope
-from pvm_jax.models.attention import attention
+from pvm_jax.models.attention_kernels import MemoryRule, Rule, attend
 from pvm_jax.models.cache import KeyValue, LayerCache
 from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
 from pvm_jax.models.pvm import ProjectedMemory, PVMBlock
@@ -25,18 +25,18 @@ class Context:
 
     Attributes:
       cos, sin: [B,T,H/2] rotary tables in the compute dtype.
-      mask: [B,T,S] self-attention, to the tokens of this pass or, with a cache, to its slots.
+      mask: [B,T,S] self-attention, to the tokens of this pass or, with a cache, to its slots; kernels take a rule.
       is_text: [B,T] False at image tokens.
       visual_index: [B,T] visual token at each place, -1 = text; None in a decode step (nothing to add).
-      memory_mask: [B,T,M] what PVM may retrieve; None without PVM.
+      memory_mask: [B,T,M], or a rule: what PVM may retrieve; None without PVM.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T S"] | Rule
     is_text: Bool[Array, "B T"]
     visual_index: Int[Array, "B T"] | None
-    memory_mask: Bool[Array, "B T M"] | None
+    memory_mask: Bool[Array, "B T M"] | MemoryRule | None
 
 
 def take_visual(features: Float[Array, "B M D"], visual_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -65,7 +65,7 @@ class SelfAttention(nnx.Module):
         k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
         if cache is not None:
             cache, k, v = cache.update(k, v)
-        out = attention(q, k, v, ctx.mask)
+        out = attend(q, k, v, ctx.mask)
         return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
 
 

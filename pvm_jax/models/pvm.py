@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pvm_jax.config import PVMConfig, TextConfig
-from pvm_jax.models.attention import attention
+from pvm_jax.models.attention_kernels import MemoryRule, retrieve
 from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
 
 # One PVM layer's projected memory: keys and values [B,K,M,H].
@@ -74,14 +74,14 @@ class PVMBlock(nnx.Module):
         self,
         h: Float[Array, "B T D"],
         memory: ProjectedMemory,
-        mask: Bool[Array, "B T M"],
+        mask: Bool[Array, "B T M"] | MemoryRule,
         is_text: Bool[Array, "B T"],
     ) -> Float[Array, "B T D"]:
         """What the branch adds to the FFN's output; exactly 0 for visual queries and where the mask shows nothing."""
         attn = self.cross_attn
         latent = rms_norm(einsum("BTD,RD->BTR", h, self.text_reducer), self.input_norm, self.eps)
         q = rms_norm(einsum("BTR,NHR->BTNH", latent, attn.q_proj), attn.q_norm, self.eps)
-        retrieved = attention(q, *memory, mask) * mask.any(axis=-1)[:, :, None, None]
+        retrieved = retrieve(q, *memory, mask)
         a = einsum("BTNH,RNH->BTR", retrieved, attn.o_proj)
         m = a + self.mlp(rms_norm(a, self.post_attn_norm, self.eps))
         y = rms_norm(einsum("BTR,DR->BTD", m, self.output_expander), None, self.eps)

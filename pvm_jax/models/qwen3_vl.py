@@ -16,6 +16,7 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.models import cache as kv
 from pvm_jax.models import rope
 from pvm_jax.models.attention import hide_vision, packed_causal_mask
+from pvm_jax.models.attention_kernels import Kernels, MemoryRule, Rule, memory_rule, packed_causal_rule
 from pvm_jax.models.decoder import Context, Decoder, take_visual
 from pvm_jax.models.layers import Make
 from pvm_jax.models.pvm import ProjectedMemory, memory_mask
@@ -33,6 +34,7 @@ class Qwen3VL(nnx.Module):
       scan: stack and scan like layers (storage and training) or keep each on its own (decoding on CPU).
       remat: recompute each layer in the backward pass instead of keeping its intermediates.
       init: initializer of the matrices, see `layers.Make`.
+      attention: kernels for passes without a cache; None: the XLA reference.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Qwen3VL(nnx.Module):
         scan: bool = True,
         remat: bool = False,
         init: str = "normal",
+        attention: Kernels | None = None,
     ):
         make = Make(rngs, jnp.dtype(param_dtype), init=init)
         self.visual = VisionTower(make, config.vision, remat=remat)
@@ -54,6 +57,7 @@ class Qwen3VL(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.scan = scan
+        self.attention = attention
 
     def __call__(
         self, batch: Batch, *, memory: Float[Array, "B M D"] | None = None, visual: VisualTokens | None = None
@@ -67,21 +71,15 @@ class Qwen3VL(nnx.Module):
         """
         batch = jax.tree.map(jnp.asarray, batch)
         visual = self.encode_images(batch) if visual is None else visual
-        is_visual = batch.visual_index >= 0
-        columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-        ctx = self._context(
-            batch,
-            batch.positions,
-            mask=packed_causal_mask(batch.segment_ids, is_visual, batch.vision_masked),
-            memory_mask=self._memory_mask(columns, batch.segment_ids, batch.memory_index, batch.memory_segment_ids),
-        )
+        mask, memory_mask = self._masks(batch)
+        ctx = self._context(batch, batch.positions, mask=mask, memory_mask=memory_mask)
         projected = self.text.project_memory(visual.tokens if memory is None else memory)
         hidden, _ = self.text(self._embed(batch, visual), ctx, visual.deepstack, projected)
         return hidden
 
     def encode_images(self, batch: Batch) -> VisualTokens:
         """Visual tokens and DeepStack features of the batch's patches."""
-        return self.visual(jax.tree.map(jnp.asarray, batch), self.dtype)
+        return self.visual(jax.tree.map(jnp.asarray, batch), self.dtype, self.attention)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding, fp32."""
@@ -169,6 +167,19 @@ class Qwen3VL(nnx.Module):
     def _context(self, batch: Batch, positions, mask, memory_mask) -> Context:
         cos, sin = self._rope(positions)
         return Context(cos, sin, mask, batch.visual_index < 0, batch.visual_index, memory_mask)
+
+    def _masks(self, batch: Batch) -> tuple[Array | Rule, Array | MemoryRule | None]:
+        """Self-attention's and PVM's masks of a pass without a cache, as rules where a kernel is used."""
+        is_visual, pvm = batch.visual_index >= 0, self.config.pvm
+        segments, visible = batch.segment_ids, (batch.memory_index, batch.memory_segment_ids)
+        columns = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+        if not (self.attention and self.attention.fit(*segments.shape)):
+            mask = packed_causal_mask(segments, is_visual, batch.vision_masked)
+            return mask, self._memory_mask(columns, segments, *visible)
+        rule = packed_causal_rule(self.attention, segments, is_visual, batch.vision_masked)
+        if pvm is None or pvm.slots:  # slots are few
+            return rule, self._memory_mask(columns, segments, *visible)
+        return rule, memory_rule(self.attention, pvm.memory_mask, segments, batch.visual_index, *visible)
 
     def _memory_mask(self, columns, segment_ids, memory_index, memory_segment_ids) -> Array | None:
         pvm = self.config.pvm

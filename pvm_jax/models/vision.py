@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from pvm_jax.config import VisionConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import rope
-from pvm_jax.models.attention import attention
+from pvm_jax.models.attention_kernels import Kernels, Rule, attend
 from pvm_jax.models.layers import LayerNorm, Make, einsum
 from pvm_jax.models.stack import group_name, scan_layers
 
@@ -50,10 +50,10 @@ class VisionAttention(nnx.Module):
         self.proj = make.weight((width,), (heads, dim), ("vision_embed", "heads", "head_dim"))
         self.proj_bias = make.zeros((width,), ("vision_embed",))
 
-    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Bool[Array, "B P P"]) -> Array:
+    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Bool[Array, "B P P"] | Rule) -> Array:
         qkv = einsum("BPE,ANHE->ABPNH", x, self.qkv) + self.qkv_bias[...].astype(x.dtype)[:, None, None]
         q, k = (rope.rotate(qkv[i].astype(jnp.float32), cos, sin).astype(x.dtype) for i in range(2))
-        out = attention(q, k.swapaxes(1, 2), qkv[2].swapaxes(1, 2), mask)
+        out = attend(q, k.swapaxes(1, 2), qkv[2].swapaxes(1, 2), mask)
         return einsum("BPNH,ENH->BPE", out, self.proj) + self.proj_bias[...].astype(x.dtype)
 
 
@@ -81,7 +81,7 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(make, config)
         self.mlp = Mlp(make, width, config.intermediate_size, width, axes, tanh=True)
 
-    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Array) -> Float[Array, "B P E"]:
+    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Array | Rule) -> Float[Array, "B P E"]:
         x = x + self.attn(self.norm1(x), cos, sin, mask)
         return x + self.mlp(self.norm2(x))
 
@@ -123,14 +123,17 @@ class VisionTower(nnx.Module):
         self.config = config
         self.remat = remat
 
-    def __call__(self, batch: Batch, dtype: jnp.dtype) -> VisualTokens:
+    def __call__(self, batch: Batch, dtype: jnp.dtype, kernels: Kernels | None = None) -> VisualTokens:
         """Encodes the batch's patches; rows of padding cost the same and yield values that nothing reads."""
         config = self.config
         x = self.patch_embed(batch.patches.astype(dtype))
         x = x + self._position_embedding(batch).astype(dtype)
         cos, sin = rope.rope_2d(batch.patch_coords, config.head_dim)
         ids = batch.patch_segment_ids
-        mask = ids[:, :, None] == ids[:, None, :]
+        if kernels and kernels.fit(*ids.shape):
+            mask = Rule(ids, ids, False, kernels)
+        else:
+            mask = ids[:, :, None] == ids[:, None, :]
 
         deepstack = []
         for last, blocks in zip(self.last_block, self.blocks.values()):

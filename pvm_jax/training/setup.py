@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pvm_jax.checkpoint import Checkpoint, load_params
 from pvm_jax.config import ModelConfig
+from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import param_shardings
 from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
@@ -31,6 +32,8 @@ class ModelOptions:
       random_init: initializer of random matrices: "normal" (N(0, 0.02)) or "fan_in".
       dtype: compute dtype and dtype of frozen parameters; None: float32 on CPUs, bfloat16 on accelerators.
       remat: recompute layers in the backward pass.
+      attention: "auto" (by the mesh's platform), "xla", "splash" (TPU) or "cudnn" (CUDA).
+      size: the released size that `path` should have; `pvm_jax.plan` takes its shapes where no path is given.
     """
 
     path: str | None
@@ -38,11 +41,18 @@ class ModelOptions:
     random_init: str = "normal"
     dtype: str | None = None
     remat: bool = False
+    attention: str = "auto"
+    size: str | None = None
 
     def __post_init__(self):
         if not self.path:
             raise TrainingError("config.model.path: expected a model directory; pass --config.model.path=DIR")
-        for name, known in (("init", ("checkpoint", "random")), ("random_init", ("normal", "fan_in"))):
+        choices = {
+            "init": ("checkpoint", "random"),
+            "random_init": ("normal", "fan_in"),
+            "attention": attention_kernels.KINDS,
+        }
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise TrainingError(f"config.model.{name}: expected one of {known}, got {getattr(self, name)!r}")
         if self.dtype not in (None, "float32", "bfloat16"):
@@ -54,10 +64,23 @@ class ModelOptions:
 
 
 class Blueprint:
-    """The model of a run before it has values: its parts, and where each parameter lies."""
+    """The model of a run before it has values: its parts, and where each parameter lies.
 
-    def __init__(self, config: ModelConfig, options: ModelOptions, stage: Stage, table: Table, mesh: Mesh):
+    `platform` is the one to compile for, by default that of the mesh's devices.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: ModelOptions,
+        stage: Stage,
+        table: Table,
+        mesh: Mesh | AbstractMesh,
+        platform: str | None = None,
+    ):
         self._config, self._options, self._stage = config, options, stage
+        platform = platform or mesh.devices.flat[0].platform
+        self._attention = attention_kernels.choose(options.attention, platform, mesh, options.compute_dtype)
         abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
         self.partition = Partition(abstract, table)
         if options.init == "random" and self.partition.frozen:
@@ -106,7 +129,12 @@ class Blueprint:
     def _model(self, rngs: nnx.Rngs) -> Qwen3VL:
         options = self._options
         return Qwen3VL(
-            self._config, rngs=rngs, dtype=options.compute_dtype, remat=options.remat, init=options.random_init
+            self._config,
+            rngs=rngs,
+            dtype=options.compute_dtype,
+            remat=options.remat,
+            init=options.random_init,
+            attention=self._attention,
         )
 
     def _build(self, rngs: nnx.Rngs) -> nnx.Module:
