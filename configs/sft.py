@@ -40,6 +40,7 @@ def get_config(argument: str = "8b") -> ConfigDict:
 
     config = common.get_config()
     config.model.remat = True
+    config.model.size = size
     config.data.samples = 64
     config.data.length = (2048, 4096, 8192)
     config.data.patches = (4096, 8192, 16384)

@@ -32,6 +32,7 @@ RULES: Mapping[str, str | None] = {
     "qkv": None,
     "latent": None,
     "latent_heads": None,
+    "latent_mlp": None,  # 1,945 wide at 4B
     "memory": None,
     "gate": None,
     "patch": None,

@@ -1,50 +1,14 @@
-"""`config.json` of the released Qwen3-VL sizes, reduced to the keys that decide shapes."""
+"""`config.json` of the released Qwen3-VL sizes under the names that the tests use."""
 
 from typing import Any
 
-# name: (D, F, layers, heads, tied), (vision depth, width, F, DeepStack taps)
-_LARGE_TOWER = (27, 1152, 4304, [8, 16, 24])
-_SMALL_TOWER = (24, 1024, 4096, [5, 11, 17])
-_SIZES = {
-    "2B": ((2048, 6144, 28, 16, True), _SMALL_TOWER),
-    "4B": ((2560, 9728, 36, 32, True), _SMALL_TOWER),
-    "8B": ((4096, 12288, 36, 32, False), _LARGE_TOWER),
-    "32B": ((5120, 25600, 64, 64, False), _LARGE_TOWER),
-}
-PVM_LAYERS = {"4B": [5, 11, 17], "8B": [8, 16, 24]}
+from pvm_jax import presets
+
+PVM_LAYERS = {size.upper(): list(layers) for size, layers in presets.PVM_LAYERS.items()}
 
 
 def hf_config(size: str, pvm: bool = False) -> dict[str, Any]:
-    (width, ffn, layers, heads, tied), (depth, vision_width, vision_ffn, taps) = _SIZES[size]
-    config = {
-        "model_type": "qwen3_vl",
-        "tie_word_embeddings": tied,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "text_config": {
-            "vocab_size": 151936,
-            "hidden_size": width,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 5000000,
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
-        },
-        "vision_config": {
-            "depth": depth,
-            "hidden_size": vision_width,
-            "intermediate_size": vision_ffn,
-            "num_heads": 16,
-            "out_hidden_size": width,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": taps,
-        },
-    }
-    if pvm:
-        config["text_config"] |= {"pvm_layers": PVM_LAYERS[size], "pvm_hidden_size": 512}
+    """As `presets.hf_config`; the memory mask is the release's, whose files do not have the key."""
+    config = presets.hf_config(size.lower(), pvm)
+    config["text_config"].pop("pvm_memory_mask", None)
     return config

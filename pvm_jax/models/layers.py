@@ -118,10 +118,10 @@ class LayerNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
-    def __init__(self, make: Make, width: int, hidden: int, axis: str = "embed"):
-        self.gate_proj = make.weight((hidden,), (width,), ("mlp", axis))
-        self.up_proj = make.weight((hidden,), (width,), ("mlp", axis))
-        self.down_proj = make.weight((width,), (hidden,), (axis, "mlp"))
+    def __init__(self, make: Make, width: int, hidden: int, axes: tuple[str, str] = ("embed", "mlp")):
+        self.gate_proj = make.weight((hidden,), (width,), axes[::-1])
+        self.up_proj = make.weight((hidden,), (width,), axes[::-1])
+        self.down_proj = make.weight((width,), (hidden,), axes)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = einsum("BTD,FD->BTF", x, self.gate_proj)

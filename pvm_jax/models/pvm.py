@@ -54,7 +54,7 @@ class PVMBlock(nnx.Module):
         self.input_norm = make.ones((width,), ("latent",))
         self.post_attn_norm = make.ones((width,), ("latent",))
         self.cross_attn = CrossAttention(make, pvm)
-        self.mlp = SwiGLU(make, width, pvm.intermediate_size, axis="latent")
+        self.mlp = SwiGLU(make, width, pvm.intermediate_size, axes=("latent", "latent_mlp"))
         self.gate_alpha = make.zeros((1,), ("gate",))
         if pvm.slots:
             self.slots = make.normal((pvm.slots, text.hidden_size), ("memory", "embed"))

@@ -1,0 +1,126 @@
+"""What a training step must at least hold and compute, from its shapes alone.
+
+Bytes of one device: what cannot be avoided under the recipe, with each layer recomputed in the backward pass
+(`config.model.remat`):
+
+    weights       frozen and trainable parameters, as they are sharded
+    optimizer     both moments, and the gradients
+    batch         its arrays
+    layer inputs  one hidden state [rows,T,D] for every layer from the first trainable one on, and the gradient of the
+                  last one, which the loss keeps
+    work          the larger of: one layer with its gathered weights and activations; a chunk of the head with the
+                  gathered vocabulary projection, logits and their gradient
+
+Flops follow the same recipe: frozen layers below the first trainable one run once; those above run forward, again
+when they are recomputed, and once more for the gradient of their input. Attention is counted in full blocks.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from pvm_jax.config import PVMConfig, TextConfig, VisionConfig
+from pvm_jax.planning.programs import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Of one device; see the module's docstring."""
+
+    weights: int
+    optimizer: int
+    batch: int
+    layer_inputs: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.asdict(self).values())
+
+
+def unavoidable(step: TrainStep) -> Bytes:
+    """The least that a device holds at the step's peak."""
+    model, shape, mesh = step.recipe.model, step.shape, step.recipe.mesh
+    text, tensor = model.text, mesh.shape["tensor"]
+    rows = shape.rows // step.recipe.ways // shape.micro_batches
+    tokens = rows * shape.length
+    trainable = on_device(step.state.trainable.values())
+    layer_inputs = 2 * tokens * text.hidden_size * (text.num_hidden_layers - first_trainable(step) + 1)
+    gathered = 2 * layer_weights(text) // tensor
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    activations = 2 * tokens * (2 * heads * text.head_dim + 3 * text.intermediate_size) // tensor
+    logits = 2 * 4 * rows * step.chunk * text.vocab_size // tensor
+    projection = 2 * text.vocab_size * text.hidden_size // tensor
+    return Bytes(
+        weights=trainable + on_device(step.frozen.values()),
+        optimizer=on_device(jax.tree.leaves(step.state.optimizer)) + trainable,
+        batch=on_device(jax.tree.leaves(step.batch)),
+        layer_inputs=layer_inputs,
+        work=max(gathered + activations, logits + projection),
+    )
+
+
+def on_device(arrays: Iterable[Any]) -> int:
+    """Bytes of one device's shards."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+
+
+def first_trainable(step: TrainStep) -> int:
+    """The first decoder layer that the backward pass reaches."""
+    pvm = step.recipe.model.pvm
+    only_pvm = all("/pvm_block/" in name for name in step.state.trainable)
+    return pvm.layers[0] if pvm and only_pvm else 0
+
+
+def layer_weights(text: TextConfig) -> int:
+    """Elements of a decoder layer's matrices."""
+    attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    return text.hidden_size * (attention + 3 * text.intermediate_size)
+
+
+def flops(step: TrainStep, *, attention: bool = True) -> float:
+    """Floating-point operations of a step of which only PVM trains, all devices together.
+
+    Args:
+      attention: with the products of scores and of values, which a compiler does not count inside of kernels.
+    """
+    model, shape = step.recipe.model, step.shape
+    text, pvm, first = model.text, model.pvm, first_trainable(step)
+    tokens = shape.rows * shape.length
+    matrices = 2.0 * tokens * layer_weights(text)
+    scores = 4.0 * shape.rows * shape.length**2 * text.num_attention_heads * text.head_dim if attention else 0.0
+    # The first PVM layer is recomputed up to its branch; no gradient passes its input.
+    above = text.num_hidden_layers - first - 1
+    own = 2.0 * tokens * text.hidden_size * 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+    layers = text.num_hidden_layers * matrices + above * 2 * matrices + own
+    # Backward attention: once again, and four products instead of two.
+    layers += scores * (text.num_hidden_layers + above * 3 + 1)
+    # Logits forward, and their gradient with them.
+    head = 2 * 2.0 * tokens * text.hidden_size * text.vocab_size
+    branches = _pvm_flops(pvm, text, tokens, tokens_of_memory(step)) * len(pvm.layers) if pvm else 0.0
+    return layers + head + branches + _vision_flops(model.vision, shape.rows, shape.patches, attention)
+
+
+def tokens_of_memory(step: TrainStep) -> int:
+    return step.shape.rows * step.shape.patches // step.recipe.model.vision.merge_unit
+
+
+def _pvm_flops(pvm: PVMConfig, text: TextConfig, tokens: int, memory: int) -> float:
+    """Forward, recomputation, and gradients of weights and inputs; attention is small and left out."""
+    heads = 2 * pvm.num_heads * pvm.head_dim
+    queries = pvm.hidden_size * (2 * text.hidden_size + heads + 3 * pvm.intermediate_size)
+    keys = pvm.hidden_size * (text.hidden_size + 2 * pvm.num_key_value_heads * pvm.head_dim)
+    return 2.0 * (4 * tokens * queries + 2 * memory * keys)
+
+
+def _vision_flops(vision: VisionConfig, rows: int, patches: int, attention: bool) -> float:
+    width, joined = vision.hidden_size, vision.hidden_size * vision.merge_unit
+    block = 4 * width**2 + 2 * width * vision.intermediate_size
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    merger = joined * (joined + vision.out_hidden_size) / vision.merge_unit
+    each = vision.depth * block + width * vision.patch_dim + mergers * merger
+    scores = 4.0 * rows * patches**2 * width * vision.depth if attention else 0.0
+    return 2.0 * rows * patches * each + scores

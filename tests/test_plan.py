@@ -1,0 +1,238 @@
+"""Plans: names of topologies, the programs of every shipped size lowered for TPU and CUDA, what the compiler says.
+
+Lowering needs no compiler for the platform. Compiling does: those tests run where the extras are installed
+(`pip install 'pvm-jax[tpu]'`, `'pvm-jax[cuda12]'`), in processes of their own, as a user would.
+"""
+
+import dataclasses
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from golden import sharding as golden
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractMesh
+
+import configs.sft
+from pvm_jax.config import ModelConfig
+from pvm_jax.planning import estimate, topology
+from pvm_jax.planning.hlo import Program
+from pvm_jax.planning.programs import Recipe, model_config, programs
+from pvm_jax.planning.topology import PlanError
+from pvm_jax.presets import SIZES
+from pvm_jax.sharding import MESH_AXES, make_mesh
+
+ROOT = Path(__file__).parents[1]
+V5E_256 = (1, 64, 4)
+
+
+def resolved(size: str, **data) -> dict:
+    config = configs.sft.get_config(size).to_dict()
+    config["data"] |= {"rows": 64, "length": 4096, "patches": 8192} | data
+    config["micro_batches"] = 1
+    return config
+
+
+def step_of(config: dict, mesh=V5E_256, platform: str = "tpu"):
+    (step,) = programs(Recipe(config, model_config(config), AbstractMesh(mesh, MESH_AXES), platform))
+    return step
+
+
+# ------------------------------------------------------------------------------------------- names and mistakes
+
+
+def test_topologies_by_name():
+    v5e, gpus = topology.parse("v5e:16x16", num_slices=2), topology.parse("h100:8")
+    assert (v5e.platform, v5e.size, v5e.slices) == ("tpu", 512, 2)
+    assert (gpus.platform, gpus.size, gpus.memory) == ("cuda", 8, 84942979072)
+    assert topology.parse("h100").name == "h100:1"
+    assert [t.size for t in topology.relatives(topology.parse("v6e:2x2"))] == [4, 8, 16, 32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("name", ["v5e-256", "v5e", "v5e:4x4x4", "v5p:4x4", "v9:2x2", "h100:7", "h100:x", "a100:8", ""])
+def test_a_topology_that_does_not_exist(name):
+    with pytest.raises(PlanError, match=re.escape(f"--topology={name}: no such topology; expected one of v4:4x4x4")):
+        topology.parse(name)
+
+
+def test_gpus_have_no_slices():
+    with pytest.raises(PlanError, match="only TPUs come in slices"):
+        topology.parse("h100:8", num_slices=2)
+
+
+def test_mesh_sizes():
+    assert topology.fill((1, -1, 4), 256) == (1, 64, 4)
+    with pytest.raises(PlanError, match="expected data x fsdp x tensor = 8 devices, got 1 x -1 x 3"):
+        topology.fill((1, -1, 3), 8)
+
+
+def test_rows_that_do_not_divide():
+    with pytest.raises(PlanError, match=r"data x fsdp x config.micro_batches = 64 x 1, got \[8\]"):
+        step_of(resolved("8b", rows=8))
+
+
+def test_no_model_and_no_plan_for_a_stage():
+    config = resolved("8b")
+    with pytest.raises(PlanError, match=r"expected a path with a config\.json, or a released size"):
+        model_config(config | {"model": config["model"] | {"size": None}})
+    with pytest.raises(PlanError, match=r"config\.stage\.module: expected one of"):
+        step_of(config | {"stage": {"module": "pvm_jax.training.visual_labels"}})
+
+
+def test_the_command_says_what_is_wrong():
+    command = [sys.executable, "-m", "pvm_jax.plan", "--config=configs/sft.py:8b", "--topology=v5e-256"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --topology=v5e-256: no such topology; expected one")
+
+
+# ------------------------------------------------------------------------------------------- sharding
+
+
+@pytest.mark.parametrize("size", golden.SIZES)
+def test_the_golden_sharding_table(size):
+    stored = (golden.FOLDER / f"sharding_{size}.txt").read_text()
+    assert golden.table(size) == stored, "if the change is intended: python tests/golden/sharding.py"
+
+
+# ------------------------------------------------------------------------------------------- lowering
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_size_lowers_for_256_tpus(size):
+    """At 16,384 tokens, with 64-way fsdp and 4-way tensor."""
+    step = step_of(resolved(size, length=16384, patches=16384))
+    text = step.trace().lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text, "splash attention"
+    assert not re.search(r"16384x16384", text), "no matrix of scores or booleans"
+    assert not re.search(r"16384x151936|151936x16384", text), "no logits of a whole row"
+
+
+def test_frozen_weights_are_small_and_have_no_optimizer_state():
+    step = step_of(resolved("8b"))
+    assert {x.dtype for x in step.frozen.values()} == {jnp.dtype("bfloat16")}
+    assert all("/pvm_block/" in name for name in step.state.trainable)
+    trained = sum(x.size for x in step.state.trainable.values())
+    assert trained == 27_922_179
+    assert sum(x.size for x in jax.tree.leaves(step.state.optimizer)) < 2 * trained + 10
+
+
+def test_lowers_for_cuda(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
+    text = step_of(resolved("4b"), (1, 8, 1), "cuda").trace().lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmha" in text
+    assert "4096x4096x" not in re.sub(r"x4096x4096xbf16", "", text), "only weights are square"
+
+
+# ------------------------------------------------------------------------------------------- estimates
+
+
+def test_unavoidable_bytes_of_8b_by_hand():
+    least = estimate.unavoidable(step_of(resolved("8b"), (1, 8, 1)))
+    tokens = 8 * 4096
+    assert least.layer_inputs == 2 * tokens * 4096 * (36 - 8 + 1)
+    assert least.optimizer == pytest.approx(3 * 4 * 27_922_179 / 8, rel=0.02), "moments and gradients, mostly sharded"
+    assert least.weights == pytest.approx(2 * 8.77e9 / 8, rel=0.02)
+    assert least.work > 2 * 3 * tokens * 12288
+
+
+def shrunk(config: ModelConfig, layers: int, pvm: int, blocks: int) -> ModelConfig:
+    """Real widths, few layers, none of them in a loop."""
+    return dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, num_hidden_layers=layers, vocab_size=4096),
+        vision=dataclasses.replace(config.vision, depth=blocks, deepstack_visual_indexes=tuple(range(blocks - 1))),
+        pvm=dataclasses.replace(config.pvm, layers=(pvm,)),
+    )
+
+
+@pytest.mark.parametrize(("layers", "pvm", "blocks"), [(1, 0, 1), (2, 0, 1), (2, 1, 2)])
+def test_flops_are_the_compilers(layers, pvm, blocks):
+    """One layer, one more above and below the trained one: the analytic count against the partitioned program's."""
+    config = resolved("2b", rows=8, length=512, patches=512)
+    config["stage"] |= {"chunk": 512}
+    config["model"] |= {"attention": "xla"}
+    recipe = Recipe(config, shrunk(model_config(config), layers, pvm, blocks), make_mesh(1, 4, 2), "cpu")
+    (step,) = programs(recipe)
+    counted = step.trace().lower().compile().cost_analysis()["flops"] * 8
+    assert counted == pytest.approx(estimate.flops(step), rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------- compiled text
+
+HLO = """\
+HloModule jit_update
+
+%body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p = (s32[], f32[8,128]) parameter(0)
+  %x = f32[8,128] get-tuple-element(%p), index=1
+  %g = bf16[64,128]{1,0} all-gather(%x), dimensions={0}
+  %f = f32[8,128] fusion(%g), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  ROOT %t = (s32[], f32[8,128]) tuple(%i, %f)
+}
+
+%fused (a: bf16[64,128]) -> f32[8,128] {
+  ROOT %r = f32[999,999] reduce(%a), dimensions={0}
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128] parameter(0)
+  %s = (f32[8,128], f32[16,128]) all-gather-start(%a), dimensions={0}
+  %w = (s32[], f32[8,128]) while(%t0), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %r = f32[8,128] all-reduce(%a), to_apply=%add, backend_config={"estimated_cycles":"5"}
+  ROOT %out = f32[8,128] get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_loops_count_once_a_trip():
+    program = Program(HLO)
+    assert program.collectives() == {"all-gather": 7 * 64 * 128 * 2 + 16 * 128 * 4, "all-reduce": 8 * 128 * 4}
+    assert program.cycles() == 705
+    assert (64, 128) in program.shapes() and (999, 999) not in program.shapes()
+
+
+# ------------------------------------------------------------------------------------------- real compilers
+
+needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="the extra `tpu` is not installed")
+needs_cuda = pytest.mark.skipif(
+    not importlib.util.find_spec("jax_cuda12_plugin"), reason="the extra `cuda12` is not installed"
+)
+
+
+def plan(topology: str, *options: str, status: int = 0) -> tuple[str, str]:
+    """Output and errors of the command."""
+    command = [sys.executable, "-m", "pvm_jax.plan", "--config=configs/sft.py:8b", f"--topology={topology}"]
+    command += ["--config.data.rows=64", "--config.data.length=4096", "--config.data.patches=8192", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == status, done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def ratio(table: str) -> float:
+    return float(re.search(r"peak .* GiB, ([\d.]+) of what", table)[1])
+
+
+@needs_tpu
+def test_8b_at_16k_on_v5e_256():
+    out, errors = plan("v5e:16x16", "--config.mesh.tensor=4", "--config.data.length=16384")
+    assert ratio(out) < 2
+    assert "Involuntary full rematerialization" not in errors
+
+
+@needs_tpu
+def test_what_does_not_fit_says_so():
+    _, errors = plan("v5e:2x2", status=1)
+    assert "v5e:2x2: does not fit: Ran out of memory" in errors
+    assert "config.micro_batches" in errors or "--topology=v5e:" in errors
+
+
+@needs_cuda
+def test_8b_on_8_gpus():
+    out, _ = plan("h100:8", "--config.micro_batches=8")
+    assert ratio(out) < 2
