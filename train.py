@@ -8,7 +8,7 @@ Several hosts run the same command on one shared workdir, each with
 
     --coordinator=HOST:PORT --num_processes=N --process_id=I       HOST is that of process 0
 
-or, where the environment says all that (Cloud TPU, GKE, SLURM, Open MPI), with --config.distributed=True.
+or, where the environment says all that (Cloud TPU, GKE, SLURM, Open MPI), with --distributed.
 
 SIGTERM, which clouds send before they take a machine away, ends the run after the step it is in: it is saved and the
 exit status is 75. Start it again to go on. A user's mistake or a full disk exits with 1 (a command line that cannot be
@@ -46,7 +46,9 @@ distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
-    with distributed.join(**distributed.flag_values(), detect=flags.FLAGS.config.distributed) as cluster:
+    arguments = distributed.flag_values()
+    arguments["detect"] |= flags.FLAGS.config.distributed
+    with distributed.join(**arguments) as cluster:
         return train(flags.FLAGS.config, Path(flags.FLAGS.workdir), cluster)
 
 

@@ -65,6 +65,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 listens, the same in all processes.")
     flags.DEFINE_integer("num_processes", None, "How many processes run together; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
+    flags.DEFINE_bool("distributed", False, "Ask the environment for all that: Cloud TPU, GKE, SLURM or Open MPI.")
     flags.DEFINE_float("start_limit", START_LIMIT, "Seconds to wait for other processes, at the start and at barriers.")
     flags.DEFINE_float("silence_limit", SILENCE_LIMIT, "Seconds without a sign of life: then a process counts as lost.")
 
@@ -72,7 +73,7 @@ def define_flags() -> None:
 def flag_values() -> dict[str, Any]:
     """The arguments of `join` that the flags of `define_flags` give."""
     names = ("coordinator", "num_processes", "process_id", "start_limit", "silence_limit")
-    return {name: flags.FLAGS[name].value for name in names}
+    return {name: flags.FLAGS[name].value for name in names} | {"detect": flags.FLAGS["distributed"].value}
 
 
 def join(
@@ -142,7 +143,7 @@ def _initialize(limit: float, where: str, **arguments: Any) -> None:
     except (ValueError, RuntimeError) as error:
         raise DistributedError(
             f"cannot join {where} ({error}); where nothing is to be detected, pass --coordinator=HOST:PORT, "
-            "--num_processes and --process_id, or set config.distributed to False"
+            "--num_processes and --process_id, or leave --distributed out"
         ) from None
     finally:
         timer.cancel()
@@ -325,8 +326,8 @@ class Cluster:
         _exit(sentence)
 
     def _watch(self) -> None:
-        began = time.monotonic()
-        last = {i: ("", began) for i in range(self.count) if i != self.index}
+        checked = time.monotonic()
+        signs = {i: ("", checked) for i in range(self.count) if i != self.index}
         beat = 0
         while not self._done.wait(_POLL):
             beat += 1
@@ -337,15 +338,17 @@ class Cluster:
                     self._tell("seen", "yes")
                     _exit(f"{self._names({i})} failed: {text}")
             self._negotiate(read["stop"], read["done"])
-            now = time.monotonic()
-            last = {i: (read["alive"].get(i, ""), now if read["alive"].get(i, "") != sign else when)
-                    for i, (sign, when) in last.items()}  # fmt: skip
-            lost = {i for i, (_, when) in last.items() if now - when > self._silence and i not in read["done"]}
-            if lost:
-                _exit(
-                    f"no sign of life from {self._names(lost)} for {self._silence:g} s; "
-                    "start the run again, it goes on from its last checkpoint"
-                )
+            now, before = time.monotonic(), checked
+            checked = now
+            for i, (sign, when) in signs.items():
+                latest = read["alive"].get(i, "")
+                if latest != sign or now - before > self._silence / 2:  # we ourselves were suspended: start again
+                    signs[i] = latest, now
+                elif now - when > self._silence and i not in read["done"]:
+                    _exit(
+                        f"no sign of life from {self._names({i})} for {self._silence:g} s; "
+                        "start the run again, it goes on from its last checkpoint"
+                    )
 
     def _tell(self, kind: str, text: str) -> None:
         _store().key_value_set(f"{_ROOT}/watch/{kind}/{self.index}", text, allow_overwrite=True)

@@ -3,7 +3,7 @@
     trainable   flat dictionary, "text/layers/8/pvm_block/gate_alpha" -> array (fp32)
     optimizer   optax state
     meta        JSON: step, seed, data (position), metrics (sums of the unfinished window), config
-    files.json  size and CRC-32 of every other file
+    files.json  size and CRC-32 of the files of these
 
 Frozen weights are not in it: `workdir/model/base.json` says where they are. A step's directory appears under its
 name only when it is complete, so that a killed run never resumes from half a checkpoint; and before a run resumes,
@@ -29,6 +29,7 @@ from pvm_jax.training.stage import TrainingError
 from pvm_jax.training.step import TrainState
 
 FILES = "files.json"
+_LATE = "_CHECKPOINT_METADATA"  # Orbax writes the time into it when all other files are finished
 
 
 class CheckpointLost(TrainingError):
@@ -165,7 +166,8 @@ def complete_steps(directory: Path) -> list[int]:
 
 def write_files_list(directory: Path) -> None:
     """files.json of a checkpoint."""
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    found = (path for path in directory.rglob("*") if path.is_file() and path != directory / _LATE)
+    files = {path.relative_to(directory).as_posix(): path for path in found}
     with ThreadPoolExecutor(8) as pool:  # zlib lets other threads run
         sums = pool.map(_size_and_sum, files.values())
         (directory / FILES).write_text(json.dumps(dict(zip(files, sums)), indent=0) + "\n", encoding="utf-8")
@@ -178,11 +180,12 @@ def damage(directory: Path) -> str | None:
     """
     if not (directory / FILES).is_file():
         return None
-    try:
-        expected = json.loads((directory / FILES).read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{directory / FILES} is no JSON"
-    for name, (size, checksum) in expected.items():
+    for file in (directory / FILES, directory / _LATE):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, FileNotFoundError):
+            return f"{file} is no JSON"
+    for name, (size, checksum) in json.loads((directory / FILES).read_text(encoding="utf-8")).items():
         file = directory / name
         if not file.is_file():
             return f"{file} is missing"
