@@ -4,7 +4,8 @@
 
 CHECKPOINT is a Hugging Face directory, a native checkpoint or a training workdir. Each entry of `config.evals` names
 a module with `run(model, processor, mesh, **options) -> (summary, records, text)`; its text is printed, and
-`DIR/NAME.json` (summary, checkpoint, options) and `DIR/NAME.jsonl` (one record per sample) are written.
+`DIR/NAME.json` (summary, checkpoint, options) and `DIR/NAME.jsonl` (one record per sample) are written. Several hosts
+evaluate together with the flags of train.py; process 0 writes.
 """
 
 import json
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from pvm_jax import cli
+from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import checksum, load_model, open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals.plugins import find_run
@@ -28,12 +29,16 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string("workdir", None, "Directory of the results; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
+distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
-    # ---- Configuration: plain values from here on ----------------------------------------------------------------
-    config: dict[str, Any] = flags.FLAGS.config.to_dict()
-    workdir = Path(flags.FLAGS.workdir)
+    with distributed.join(**distributed.flag_values()) as cluster:
+        evaluate(flags.FLAGS.config.to_dict(), Path(flags.FLAGS.workdir), main_process=cluster.index == 0)
+
+
+def evaluate(config: dict[str, Any], workdir: Path, main_process: bool) -> None:
+    # ---- Configuration -------------------------------------------------------------------------------------------
     evaluations = {name: dict(options) for name, options in config["evals"].items()}
     runs = {name: find_run(options.pop("module"), name) for name, options in evaluations.items()}
     path = config["checkpoint"]
@@ -51,6 +56,8 @@ def main(argv: list[str]) -> None:
     about = {"checkpoint": str(path), "checksum": checksum(path), "dtype": dtype}
     for name, run in runs.items():
         summary, records, text = run(model, processor, mesh, **evaluations[name])
+        if not main_process:
+            continue
         print(text)
         about_this = about | {"options": json.loads(json.dumps(evaluations[name]))}
         print(f"\nresults: {write_results(workdir, name, about_this, summary, records)}")

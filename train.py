@@ -3,8 +3,19 @@
     python train.py --config=configs/sft.py:8b --workdir=DIR --config.model.path=CHECKPOINT --config.data.path=FILE
 
 Started again with the same flags, it goes on from the workdir's latest checkpoint, exactly.
+
+Several hosts run the same command on one shared workdir, each with
+
+    --coordinator=HOST:PORT --num_processes=N --process_id=I       HOST is that of process 0
+
+or, where the environment says all that (Cloud TPU, GKE, SLURM, Open MPI), with --distributed.
+
+SIGTERM, which clouds send before they take a machine away, ends the run after the step it is in: it is saved and the
+exit status is 75. Start it again to go on. A user's mistake or a full disk exits with 1 (a command line that cannot be
+used: 2) and one sentence.
 """
 
+import functools
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,38 +23,44 @@ from typing import Any
 import jax
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from pvm_jax import cli
+from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import open_checkpoint
 from pvm_jax.data.processor import Processor
-from pvm_jax.sharding import make_mesh
-from pvm_jax.training.checkpoints import Checkpoints
+from pvm_jax.data.share import Share
+from pvm_jax.sharding import local_rows, make_mesh
+from pvm_jax.training.checkpoints import Checkpoints, set_aside_damaged
 from pvm_jax.training.freeze import describe
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.report import Reporter, due
 from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, load_stage, total_steps
 from pvm_jax.training.stage import Setup
-from pvm_jax.training.step import abstract_state, init_state, make_update, put_batch
+from pvm_jax.training.step import abstract_state, compiled, init_state, make_update, put_batch
 from pvm_jax.training.workdir import claim
 
 config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/sft.py:8b.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory of checkpoints and metrics; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
+distributed.define_flags()
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    arguments = distributed.flag_values()
+    arguments["detect"] |= flags.FLAGS.config.distributed
+    with distributed.join(**arguments) as cluster:
+        return train(flags.FLAGS.config, Path(flags.FLAGS.workdir), cluster)
+
+
+def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> int:
+    """Trains to the last step (returns 0), or to a SIGTERM (`distributed.PREEMPTED`)."""
     # ---- Configuration: plain values from here on ----------------------------------------------------------------
-    config = flags.FLAGS.config
     resolved: dict[str, Any] = config.to_dict()
-    workdir = Path(flags.FLAGS.workdir)
     seed, micro_batches = config.seed, config.micro_batches
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    if config.distributed:
-        jax.distributed.initialize()
-    main_process = jax.process_index() == 0
-    say = print if main_process else lambda *_: None
+    main_process = cluster.index == 0
+    say = functools.partial(print, flush=True) if main_process else lambda *_: None
     for key, value in cli.leaves(resolved).items():
         say(f"config.{key} = {value!r}")
 
@@ -53,7 +70,8 @@ def main(argv: list[str]) -> None:
     source = open_checkpoint(options.path)
     processor = Processor.from_pretrained(source.files, **resolved["processor"])
     row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
-    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple, config.freeze)
+    share = Share(cluster.index, cluster.count, functools.partial(local_rows, mesh=mesh), cluster.exchange_of_step)
+    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple, config.freeze, share)
     stage = load_stage(setup, resolved["stage"])
     blueprint = Blueprint(source.config, options, stage, config.freeze, mesh)
     partition = blueprint.partition
@@ -64,10 +82,15 @@ def main(argv: list[str]) -> None:
     schedule = make_schedule(adamw, steps)
     optimizer = make_optimizer(adamw, schedule, partition.trainable)
     evaluators = [Evaluator.make(name, processor, entry) for name, entry in resolved["evals"].items()]
+    cluster.check_shared(workdir)
+    for warning in set_aside_damaged(workdir) if main_process else ():
+        say(f"warning: {warning}")
+    cluster.barrier("damaged checkpoints set aside")
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if main_process:
         claim(workdir, resolved, source, has_weights=options.init == "checkpoint", begun=start > 0)
+    cluster.barrier("workdir claimed")
 
     # ---- Parameters, in this order of precedence -----------------------------------------------------------------
     # 1. the workdir's latest checkpoint: trainable parameters, optimizer and position; frozen parameters as in 2
@@ -85,7 +108,7 @@ def main(argv: list[str]) -> None:
     say(describe(state.trainable, frozen))
 
     # ---- The loop ------------------------------------------------------------------------------------------------
-    update = jax.jit(make_update(stage, partition, optimizer, schedule, micro_batches), donate_argnums=0)
+    update = compiled(make_update(stage, partition, optimizer, schedule, micro_batches), state, mesh)
     reporter = Reporter(
         workdir, start, steps, every=config.log_every, main_process=main_process, sums=meta.get("metrics")
     )
@@ -93,7 +116,9 @@ def main(argv: list[str]) -> None:
     def policy() -> nnx.Module:
         return partition.merge(state.trainable, frozen)
 
-    with closing(stage), closing(checkpoints), closing(reporter):
+    with closing(stage), closing(checkpoints), closing(reporter), cluster.guard():
+        if cluster.stop_after(start):
+            return distributed.PREEMPTED
         for step in range(start + 1, steps + 1):
             drawn = stage.next_batch(step - 1, policy)
             batch = put_batch(drawn.batch, mesh, micro_batches)
@@ -106,11 +131,18 @@ def main(argv: list[str]) -> None:
                     reporter.flush()
                     with reporter.paused():
                         reporter.write(step, evaluator(policy()))
-            if due(step, config.checkpoint.every, steps):
+            stopping = step < steps and cluster.stop_after(step)
+            if stopping or due(step, config.checkpoint.every, steps):
                 reporter.flush()
                 position = {"seed": seed, "data": {"next_step": step}, "metrics": reporter.sums(), "config": resolved}
                 checkpoints.save(step, state, position)
+            if stopping:
+                checkpoints.wait()
+                say(f"stopped by SIGTERM after step {step} of {steps}; start again to go on")
+                return distributed.PREEMPTED
+        checkpoints.wait()
     say(f"trained {steps} steps; the result is {workdir}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Works on any flag whose value has `to_dict()`, so that the package needs no ml_c
 """
 
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,21 @@ def run(main: Callable[[Sequence[str]], Any]) -> None:
             logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
         try:
             return main(argv)
-        except ValueError as error:
-            # The package's own ValueErrors (ConfigError, DataError, ...) say what to do; any other is a bug.
-            if not type(error).__module__.startswith("pvm_jax."):
+        except (ValueError, OSError) as error:
+            message = sentence(error)
+            if message is None:
                 raise
-            sys.exit(_complain(str(error), 1))
+            sys.exit(_complain(message, 1))
 
     app.run(guarded, flags_parser=parse)
+
+
+def sentence(error: BaseException) -> str | None:
+    """What a user can put right, in one sentence; None for a bug, which needs its traceback."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error.filename or 'a file'} could not be written ({error.strerror}); free some space and start again"
+    # The package's own ValueErrors (ConfigError, DataError, ...) say what to do; any other is a bug.
+    return str(error) if isinstance(error, ValueError) and type(error).__module__.startswith("pvm_jax.") else None
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -7,6 +7,8 @@ How it is fast:
     when it is used up: a short answer does not pay for a long limit.
   - Programs depend on shapes (rows, prompt, cache) and on `sampling.Switches`; numbers of the sampler, stop tokens
     and max_new_tokens are inputs.
+  - A model that lies on a mesh generates there: rows, cache and visual memory are spread over data and fsdp, heads over
+    tensor (`cache.cache_shardings`). Rows that do not divide are computed on all devices.
 """
 
 import dataclasses
@@ -19,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx, struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-import pvm_jax.sharding  # noqa: F401  makes Batch a pytree
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import KVCache, Qwen3VL
+from pvm_jax.models.cache import cache_shardings
 from pvm_jax.sampling import (
     GenerationError,
     Sampling,
@@ -34,6 +37,7 @@ from pvm_jax.sampling import (
     row_keys,
     sample,
 )
+from pvm_jax.sharding import local_rows, mesh_of, shard_batch, take_rows
 
 CHUNK = 64  # decode steps a dispatch, and the room of the first cache
 
@@ -81,11 +85,14 @@ def complete(
     switches, settings = make_settings(model, sampling, stop_token_ids, banned_token_ids)
     keys = row_keys(seed, batch.tokens.shape[0])
     graphdef, params = nnx.split(model)
-    prompt = batch.tokens.shape[1]
+    prompt, mesh = batch.tokens.shape[1], mesh_of(params)
+    if mesh is not None and batch.tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+        batch = shard_batch(take_rows(batch, local_rows(batch.tokens.shape[0], mesh)), mesh)
     rooms = cache_rooms(max_new_tokens - 1)  # the last token is never fed back, so it needs no slot
 
     capacity = prompt + next(rooms, 0)
-    state, token, logprob = prefill(graphdef, params, batch, keys, settings, switches=switches, capacity=capacity)
+    static = {"switches": switches, "mesh": mesh}
+    state, token, logprob = prefill(graphdef, params, batch, keys, settings, capacity=capacity, **static)
     tokens, logprobs, generated = [np.asarray(token)[:, None]], [np.asarray(logprob)[:, None]], 1
     while generated < max_new_tokens and not np.asarray(state.finished).all():
         free = state.cache.capacity - prompt - (generated - 1)
@@ -93,7 +100,7 @@ def complete(
             state = state.replace(cache=_grow(state.cache, prompt + next(rooms)))
             continue
         limit = np.int32(min(CHUNK, free, max_new_tokens - generated))
-        state, token, logprob, steps = decode(graphdef, params, state, limit, settings, switches=switches)
+        state, token, logprob, steps = decode(graphdef, params, state, limit, settings, **static)
         tokens.append(np.asarray(token)[:, : int(steps)])
         logprobs.append(np.asarray(logprob)[:, : int(steps)])
         generated += int(steps)
@@ -171,11 +178,22 @@ def cache_rooms(needed: int) -> Iterator[int]:
         room *= 2
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity", "mesh"))
 def prefill(
-    graphdef, params, batch: Batch, keys: Array, settings: Settings, *, switches: Switches, capacity: int
+    graphdef,
+    params,
+    batch: Batch,
+    keys: Array,
+    settings: Settings,
+    *,
+    switches: Switches,
+    capacity: int,
+    mesh: Mesh | None = None,
 ) -> tuple[State, Array, Array]:
-    """State after the prompt, and each row's first token with its log-probability."""
+    """State after the prompt, and each row's first token with its log-probability.
+
+    `mesh`: where the model lies; None: on one device.
+    """
     rows, length = batch.tokens.shape
     memory = batch.memory_index.shape[1]
     logging.info("compiling prefill: %d rows of %d tokens, %d visual, cache %d", rows, length, memory, capacity)
@@ -194,12 +212,19 @@ def prefill(
     )
     logits = model.logits(hidden[jnp.arange(rows), last])
     state, logprob = _choose(logits, state, settings, switches)
-    return state, state.tokens, logprob
+    return _spread(state, model, mesh), *_everywhere((state.tokens, logprob), mesh)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="switches", donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "mesh"), donate_argnums=2)
 def decode(
-    graphdef, params, state: State, limit: Int[Array, ""], settings: Settings, *, switches: Switches
+    graphdef,
+    params,
+    state: State,
+    limit: Int[Array, ""],
+    settings: Settings,
+    *,
+    switches: Switches,
+    mesh: Mesh | None = None,
 ) -> tuple[State, Int[Array, "B chunk"], Float[Array, "B chunk"], Int[Array, ""]]:
     """Up to `limit` more tokens a row (at most CHUNK), their log-probabilities, and how many steps were made."""
     rows = state.tokens.shape[0]
@@ -216,10 +241,26 @@ def decode(
         hidden, cache = model.decode(state.tokens, state.cache)
         state, logprob = _choose(model.logits(hidden), state.replace(cache=cache), settings, switches)
         tokens = put(tokens, state.tokens[:, None], (0, steps))
-        return state, tokens, put(logprobs, logprob[:, None], (0, steps)), steps + 1
+        return _spread(state, model, mesh), tokens, put(logprobs, logprob[:, None], (0, steps)), steps + 1
 
     empty = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
-    return jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
+    state, *made = jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
+    return state, *_everywhere(tuple(made), mesh)
+
+
+def _spread(state: State, model: Qwen3VL, mesh: Mesh | None) -> State:
+    """The state with its cache where `cache_shardings` says, and the little that the host reads on every device."""
+    if mesh is None:
+        return state
+    places = cache_shardings(model.config, model.scan, state.tokens.shape[0], mesh)
+    tokens, finished = _everywhere((state.tokens, state.finished), mesh)
+    return state.replace(cache=jax.lax.with_sharding_constraint(state.cache, places), tokens=tokens, finished=finished)
+
+
+def _everywhere(values: tuple[Array, ...], mesh: Mesh | None) -> tuple[Array, ...]:
+    if mesh is None:
+        return values
+    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -48,12 +48,16 @@ class ShardingError(ValueError):
     """A parameter or batch that does not divide over the mesh; the message names it, the axis and the way out."""
 
 
-def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.Device] | None = None, **others: int
+) -> Mesh:
     """A mesh of data x fsdp x tensor devices; -1 for one of them takes all that are left.
 
     Raises:
-      ShardingError: the sizes do not multiply to the number of devices.
+      ShardingError: the sizes do not multiply to the number of devices, or there are `others`.
     """
+    if others:
+        raise ShardingError(f"mesh: expected axes {', '.join(MESH_AXES)}, got {', '.join(sorted(others))} as well")
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
@@ -69,37 +73,57 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: list[jax.D
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def partition_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
-    """The layout of one parameter.
+def mesh_of(tree: Any) -> Mesh | None:
+    """The mesh that the arrays of a pytree lie on; None if that is a single device."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
 
-    Raises:
-      ShardingError: two of its axes want the same mesh axis, or a dimension does not divide.
-    """
+
+def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> tuple[PartitionSpec, list[str]]:
+    """The layout of one parameter, and everything that is wrong with it."""
     spec: list[str | None] = []
+    problems: list[str] = []
     for size, axis in zip(shape, axes, strict=True):
-        target = RULES[axis]
+        target = RULES.get(axis)
+        if axis not in RULES:
+            problems.append(f"{path} {shape}: expected axes that sharding.RULES knows, got {axis!r}")
+        elif target is not None and target not in mesh.shape:
+            problems.append(f"{path} {shape}: axis {axis!r} lies on {target!r}, the mesh has {mesh.axis_names}")
+            target = None
         if target is not None and mesh.shape[target] == 1:
             target = None
         if target in spec and target is not None:
-            raise ShardingError(f"{path} {shape}: two of its axes {axes} lie on mesh axis {target!r}")
-        if target is not None and size % mesh.shape[target]:
-            raise ShardingError(
+            problems.append(f"{path} {shape}: two of its axes {axes} lie on mesh axis {target!r}")
+        elif target is not None and size % mesh.shape[target]:
+            problems.append(
                 f"{path} {shape}: axis {axis!r} of {size} does not divide over mesh.{target} = {mesh.shape[target]}; "
                 f"choose a mesh.{target} that divides {size}"
             )
         spec.append(target)
-    return PartitionSpec(*spec)
+    return PartitionSpec(*spec), problems
 
 
 def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """NamedShardings for a model's parameters (values or shapes), in the same tree."""
+    """NamedShardings for a model's parameters (values or shapes), in the same tree.
+
+    Raises:
+      ShardingError: all problems of all parameters, a line each.
+    """
+    problems: list[str] = []
 
     def one(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         name = "/".join(map(str, path))
-        spec = partition_spec(name, variable.shape, variable.get_metadata("axes"), mesh)
+        spec, wrong = _layout(name, variable.shape, variable.get_metadata("axes"), mesh)
+        problems.extend(wrong)
         return variable.replace(NamedSharding(mesh, spec))
 
-    return nnx.map_state(one, state)
+    shardings = nnx.map_state(one, state)
+    if problems:
+        raise ShardingError("\n".join(problems))
+    return shardings
 
 
 def batch_shardings(mesh: Mesh) -> Batch:
@@ -109,15 +133,48 @@ def batch_shardings(mesh: Mesh) -> Batch:
     return Batch(**fields | {"positions": NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))})
 
 
+def local_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch of `rows` lie on the devices of this process, in ascending order.
+
+    Two processes of four devices each and a mesh of data 4 x tensor 2: the first has rows 0 to rows / 2.
+    """
+    blocks, mine = _blocks(mesh)
+    size = rows // blocks
+    return np.concatenate([np.arange(i * size, (i + 1) * size) for i in mine])
+
+
+def _blocks(mesh: Mesh) -> tuple[int, list[int]]:
+    """Into how many blocks a batch's rows are split, and which of them lie (also) on devices of this process."""
+    grid = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    here = jax.process_index()
+    return len(grid), [i for i, devices in enumerate(grid) if any(d.process_index == here for d in devices)]
+
+
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Host arrays -> arrays on the mesh.
+    """Host arrays with the rows of this process (`local_rows`; of one process: all) -> arrays on the mesh.
 
     Raises:
       ShardingError: the number of rows does not divide over data x fsdp.
     """
-    rows, ways = batch.tokens.shape[0], mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % ways:
+    return jax.tree.map(lambda x, s: put_rows(x, s), batch, batch_shardings(mesh))
+
+
+def put_rows(x: Any, sharding: NamedSharding) -> jax.Array:
+    """One array of `shard_batch`; its rows stand on the axis that `sharding` splits."""
+    axis = sharding.spec.index(BATCH_AXES)
+    blocks, mine = _blocks(sharding.mesh)
+    if x.shape[axis] % len(mine):
         raise ShardingError(
-            f"batch: expected rows divisible by mesh data x fsdp = {ways}, got {rows}; change the number of rows"
+            f"batch: expected rows divisible by mesh data x fsdp = {blocks}, got "
+            f"{x.shape[axis] * blocks // len(mine)}; change the number of rows"
         )
-    return jax.tree.map(jax.device_put, batch, batch_shardings(mesh))
+    shape = list(x.shape)
+    shape[axis] = shape[axis] // len(mine) * blocks
+    return jax.make_array_from_process_local_data(sharding, np.asarray(x), tuple(shape))
+
+
+def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
+    """These rows of a batch on the host."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    taken = {name: x[:, rows] if name == "positions" else x[rows] for name, x in fields.items()}
+    return Batch(**taken)

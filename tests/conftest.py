@@ -65,3 +65,9 @@ def stock_checkpoint(checkpoints) -> Path:
 def pvm_checkpoint(checkpoints) -> Path:
     """The same with open PVM blocks, under the public release's names; memory mask "causal"."""
     return checkpoints(pvm_layers=tiny.PVM_LAYERS, memory_mask="causal")
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(checkpoints) -> Path:
+    """`tiny.small_config` with random weights, PVM open."""
+    return checkpoints.small()

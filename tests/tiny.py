@@ -175,6 +175,14 @@ def hf_config(tied: bool = True, pvm_layers: tuple[int, ...] = (), memory_mask: 
     return config
 
 
+def small_config() -> dict[str, Any]:
+    """Two text layers, the upper one with PVM, and one of the vision tower: for tests that compile many programs."""
+    config = hf_config(pvm_layers=(1,), memory_mask="causal")
+    config["text_config"]["num_hidden_layers"] = 2
+    config["vision_config"] |= {"depth": 1, "deepstack_visual_indexes": [0]}
+    return config
+
+
 @dataclasses.dataclass
 class Checkpoints:
     """Writes each variant once, to a temporary folder that is renamed: safe with several workers."""
@@ -197,6 +205,13 @@ class Checkpoints:
             write_weights(directory, hf_config(tied, pvm_layers, memory_mask), dtype, shard_bytes)
 
         return self._once(name, write)
+
+    def small(self) -> Path:
+        def write(directory: Path) -> None:
+            write_processor_files(directory)
+            write_weights(directory, small_config(), "float32", 10**9)
+
+        return self._once("small", write)
 
     def processor_files(self) -> Path:
         def write(directory: Path) -> None:

@@ -12,6 +12,7 @@ A sample is never cut: one that fits no bucket is left out and reported, or is a
 import dataclasses
 import functools
 import itertools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,8 @@ from pvm_jax.data.batch import Batch
 from pvm_jax.data.images import DataError
 from pvm_jax.data.order import Schedule, permutation, uniform
 from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
-from pvm_jax.data.placement import place
+from pvm_jax.data.placement import Placement, place
+from pvm_jax.data.share import Note, Share, gather, never
 from pvm_jax.data.sources import Source
 
 ACTIONS = ("skip", "error")
@@ -95,6 +97,7 @@ class Loader:
       pack: False: one sample a row.
       row_multiple: the number of rows is a multiple of this; the mesh's data and fsdp axes must divide B.
       threads: that encode samples; the batches do not depend on it.
+      share: of several processes, which rows of `batch` and `prefetch` this one fills; `BatchInfo` is about all rows.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class Loader:
         pack: bool = True,
         row_multiple: int = 1,
         threads: int = 2,
+        share: Share = Share(),  # noqa: B008  frozen
     ):
         for field, value in (("overlong", overlong), ("bad_rows", bad_rows)):
             if value not in ACTIONS:
@@ -131,6 +135,7 @@ class Loader:
         self._skip_bad_rows = bad_rows == "skip"
         self._pack = pack
         self._row_multiple = row_multiple
+        self._share = share
         self._pool = ThreadPoolExecutor(threads, "encode")
         self._schedule = Schedule([(s.start, s.stop) for s in streams])
         self._permutation = functools.lru_cache(2 * len(streams))(permutation)  # a batch may span two epochs
@@ -146,13 +151,17 @@ class Loader:
           DataError: no stream is active, a row cannot be used, a sample is over-long and `overlong` is "error", all
             samples of the step were left out, or they do not fit the stream's `rows`.
         """
+        return self._batch(step, never)
+
+    def _batch(self, step: int, cancelled: Callable[[], bool]) -> tuple[Batch, BatchInfo]:
         number, turn = self._schedule.turn(step)
         stream = self.streams[number]
         size = len(stream.source)
         places = range(turn * stream.samples, (turn + 1) * stream.samples)
         indices = [int(self._permutation(size, self._seed, number, 0, p // size)[p % size]) for p in places]
         masked = uniform(self._seed, number, 1, turn) < stream.vision_masked
-        return self._make(stream, indices, step, turn * stream.samples // size, masked)
+        draw = _Draw(stream, indices, step, turn * stream.samples // size, masked)
+        return self._make(draw, self._share, cancelled)
 
     def epoch(self, stream: int = 0, depth: int = 2) -> Iterator[tuple[Batch, BatchInfo]]:
         """Every sample of a stream exactly once, in the source's order and without shuffling, for evaluation.
@@ -164,57 +173,66 @@ class Loader:
             range(i, min(i + chosen.samples, len(chosen.source))) for i in range(0, len(chosen.source), chosen.samples)
         ]
         masked = chosen.vision_masked == 1.0
-        return _ahead(lambda i: self._make(chosen, parts[i], i, 0, masked), range(len(parts)), depth)
+        return _ahead(
+            lambda i: self._make(_Draw(chosen, parts[i], i, 0, masked), Share(), never), range(len(parts)), depth
+        )
 
     def prefetch(self, start: int, stop: int | None = None, depth: int = 2) -> Iterator[tuple[Batch, BatchInfo]]:
         """`batch(start)`, `batch(start + 1)`, ... made up to `depth` steps ahead in a thread.
 
         An error of a step is raised when that step is asked for. Closing the iterator ends the thread.
         """
-        return _ahead(self.batch, itertools.count(start) if stop is None else range(start, stop), depth)
+        closed = threading.Event()
+        steps = itertools.count(start) if stop is None else range(start, stop)
+        return _ahead(lambda step: self._batch(step, closed.is_set), steps, depth, closed)
 
-    def _make(
-        self, stream: Stream, indices: Sequence[int], step: int, epoch: int, masked: bool
-    ) -> tuple[Batch, BatchInfo]:
-        samples = list(self._pool.map(lambda index: self._sample(stream, index), indices))
-        kept = [sample for sample in samples if sample.reason is None]
-        skipped = tuple((sample.id, sample.reason) for sample in samples if sample.reason is not None)
-        if not kept:
-            raise DataError(f"step {step}: all {len(samples)} samples were left out; the first: {skipped[0][1]}")
-        rows = stream.rows
-        if rows is None and not self._pack:  # the same shape whether or not samples were left out
-            rows = -(-stream.samples // self._row_multiple) * self._row_multiple
-        try:
-            placed = place(
-                [_size(sample.encoded) for sample in kept],
-                stream.length,
-                stream.patches,
-                rows,
-                self._row_multiple,
-                self._pack,
-            )
-        except DataError as error:
-            raise DataError(f"stream {stream.name!r}, step {step}: {error}") from None
+    def _make(self, draw: "_Draw", share: Share, cancelled: Callable[[], bool]) -> tuple[Batch, BatchInfo]:
+        samples = self._encode(draw, share.dealt(len(draw.indices)))
+        notes = {at: Note.of(sample.id, sample.encoded, sample.reason) for at, sample in samples.items()}
+        notes = gather(share, draw.step, notes, cancelled)
+        placed = self._place(draw, notes)
+        mine = [placed.rows[row] for row in share.rows(len(placed.rows))]
+        samples |= self._encode(draw, [at for row in mine for at in row if at not in samples])
         batch = collate(
-            [[kept[i].encoded for i in row] for row in placed.rows],
+            [[samples[at].encoded for at in row] for row in mine],
             length=placed.length,
             patches=placed.patches,
             loss_normalization=self._loss_normalization,
-            vision_masked=masked,
+            vision_masked=draw.masked,
+            channels=max(note.channels for note in notes),
         )
-        order = [kept[i] for row in placed.rows for i in row]
         info = BatchInfo(
-            step=step,
-            stream=stream.name,
-            epoch=epoch,
-            rows=tuple(tuple(kept[i].index for i in row) for row in placed.rows),
-            ids=tuple(sample.id for sample in order),
-            skipped=skipped,
-            tokens=sum(len(sample.encoded.tokens) for sample in kept),
+            step=draw.step,
+            stream=draw.stream.name,
+            epoch=draw.epoch,
+            rows=tuple(tuple(draw.indices[at] for at in row) for row in placed.rows),
+            ids=tuple(notes[at].id for row in placed.rows for at in row),
+            skipped=tuple((note.id, note.reason) for note in notes if note.reason is not None),
+            tokens=sum(note.tokens for note in notes),
             shape=(len(placed.rows), placed.length, placed.patches),
-            vision_masked=masked,
+            vision_masked=draw.masked,
         )
         return batch, info
+
+    def _encode(self, draw: "_Draw", places: Sequence[int]) -> dict[int, "_Sample"]:
+        made = self._pool.map(lambda at: self._sample(draw.stream, draw.indices[at]), places)
+        return dict(zip(places, made))
+
+    def _place(self, draw: "_Draw", notes: Sequence[Note]) -> Placement:
+        """Which samples of the draw (by their place in it) share a row."""
+        stream = draw.stream
+        kept = [at for at, note in enumerate(notes) if note.reason is None]
+        if not kept:
+            raise DataError(f"step {draw.step}: all {len(notes)} samples were left out; the first: {notes[0].reason}")
+        rows = stream.rows
+        if rows is None and not self._pack:  # the same shape whether or not samples were left out
+            rows = -(-stream.samples // self._row_multiple) * self._row_multiple
+        sizes = [(notes[at].tokens, notes[at].patches) for at in kept]
+        try:
+            placed = place(sizes, stream.length, stream.patches, rows, self._row_multiple, self._pack)
+        except DataError as error:
+            raise DataError(f"stream {stream.name!r}, step {draw.step}: {error}") from None
+        return dataclasses.replace(placed, rows=tuple(tuple(kept[i] for i in row) for row in placed.rows))
 
     def _sample(self, stream: Stream, index: int) -> "_Sample":
         """The encoded sample, or the reason why it is left out."""
@@ -227,7 +245,7 @@ class Loader:
             message = str(error) if where in str(error) else f"{where}: {error}"
             if not self._skip_bad_rows:
                 raise DataError(message) from None
-            return _Sample(index, record_id, None, message)
+            return _Sample(record_id, None, message)
         for count, name, buckets in zip(_size(encoded), ("length", "patches"), (stream.length, stream.patches)):
             if count > buckets[-1]:
                 unit = "tokens" if name == "length" else "vision patches"
@@ -238,13 +256,23 @@ class Loader:
                 )
                 if not self._skip_overlong:
                     raise DataError(message)
-                return _Sample(index, record_id, None, message)
-        return _Sample(index, record_id, encoded, None)
+                return _Sample(record_id, None, message)
+        return _Sample(record_id, encoded, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """The samples of one batch, before any of them is read."""
+
+    stream: Stream
+    indices: Sequence[int]  # in the source
+    step: int
+    epoch: int
+    masked: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sample:
-    index: int  # in the source
     id: str
     encoded: Encoded | None  # None if left out
     reason: str | None
@@ -254,8 +282,13 @@ def _size(encoded: Encoded) -> tuple[int, int]:
     return len(encoded.tokens), len(encoded.patches)
 
 
-def _ahead(make: Callable[[int], Any], steps: Iterable[int], depth: int) -> Iterator[Any]:
-    """make(step) for each step, in order; up to `depth` of them are made in a thread before they are asked for."""
+def _ahead(
+    make: Callable[[int], Any], steps: Iterable[int], depth: int, closed: threading.Event | None = None
+) -> Iterator[Any]:
+    """make(step) for each step, in order; up to `depth` of them are made in a thread before they are asked for.
+
+    `closed` is set when the iterator is closed, for a `make` that would wait for something.
+    """
     steps = iter(steps)
     with ThreadPoolExecutor(1, "batches") as worker:  # leaving the block waits for the batch being made
         pending = deque(worker.submit(make, step) for step in itertools.islice(steps, depth))
@@ -265,5 +298,7 @@ def _ahead(make: Callable[[int], Any], steps: Iterable[int], depth: int) -> Iter
                 pending.extend(worker.submit(make, step) for step in itertools.islice(steps, 1))
                 yield made
         finally:
+            if closed is not None:
+                closed.set()
             for future in pending:
                 future.cancel()

@@ -124,16 +124,21 @@ def collate(
     patches: int,
     loss_normalization: Literal["sample", "token"] = "sample",
     vision_masked: bool | Sequence[bool] = False,
+    channels: int | None = None,
 ) -> Batch:
-    """The batch whose row i holds the samples rows[i], one behind the other; see `pack`, which chooses the rows."""
+    """The batch whose row i holds the samples rows[i], one behind the other; see `pack`, which chooses the rows.
+
+    `channels` is C, which rows without any sample do not tell.
+    """
     if patches < PATCHES_PER_TOKEN or patches % PATCHES_PER_TOKEN:
         raise DataError(f"patches: expected a positive multiple of {PATCHES_PER_TOKEN}, got {patches}")
     samples = [e for row in rows for e in row]
-    if not samples:
+    if not samples and channels is None:
         raise DataError("expected at least one sample, got none")
     for row in rows:
         _check_capacity(row, length, patches)
-    size, channels, memory = len(rows), samples[0].patches.shape[1], patches // PATCHES_PER_TOKEN
+    size, memory = len(rows), patches // PATCHES_PER_TOKEN
+    channels = samples[0].patches.shape[1] if channels is None else channels
     batch = Batch(
         tokens=np.zeros((size, length), np.int32),
         positions=np.zeros((3, size, length), np.int32),

@@ -30,6 +30,7 @@ from pvm_jax.data.sources import Source, open_source
 from pvm_jax.evals.intervals import share
 from pvm_jax.evals.scoring import Scorer, make_scorer
 from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.sharding import mesh_of
 
 CONDITIONS = ("normal", "vision_masked", "other_memory")
 EDGES = (0, 56, 140, 210, 294, 392, 512)
@@ -71,8 +72,12 @@ def evaluate(
     """The summary (see `summarise`) and one record per sample and condition.
 
     Args:
-      mesh: over which batches are spread; None: one device. `protocol.samples` must be a multiple of its rows.
+      mesh: over which batches are spread; None: the one that the model lies on, if any. Batches that do not divide
+        are filled up with empty rows.
     """
+    mesh = mesh_of(nnx.state(model)) if mesh is None else mesh
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+    rows = -(-protocol.samples // ways) * ways
     pvm = model.config.pvm
     has_memory = pvm is not None and not pvm.slots
     conditions = [c for c in protocol.conditions if c != "other_memory" or has_memory]
@@ -82,7 +87,7 @@ def evaluate(
         part = split if protocol.limit is None else f"{split}[:{protocol.limit}]"
         source = open_source(protocol.path, split=part)
         stream = Stream(source, protocol.samples, tuple(protocol.length), tuple(protocol.patches), name=split)
-        loader = Loader([stream], processor, seed=0, pack=False, overlong="error", row_multiple=protocol.samples)
+        loader = Loader([stream], processor, seed=0, pack=False, overlong="error", row_multiple=rows)
         for batch, info in loader.epoch():
             answers = [_answer(source, info, batch, row, processor) for row in range(len(info.ids))]
             for condition in conditions:

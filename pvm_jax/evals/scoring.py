@@ -4,18 +4,20 @@ One forward pass says whether greedy decoding would reproduce an answer: it does
 is the most probable one given the answer before it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.models.qwen3_vl import Qwen3VL
-from pvm_jax.sharding import shard_batch
+from pvm_jax.sharding import local_rows, shard_batch, take_rows
 
 Scorer = Callable[[Batch, Any], Bool[Array, "B T"]]
 
@@ -28,12 +30,13 @@ def make_scorer(model: Qwen3VL, mesh: Mesh | None = None, chunk: int = 128) -> S
     is. The backbone keeps its own image either way. One program is compiled per shape of batch.
 
     Args:
-      mesh: rows of a batch are spread over it; None: one device.
+      mesh: rows of a batch are spread over it; None: one device. Of several processes each gives the whole batch.
       chunk: columns at a time: B * chunk * V logits exist at once.
     """
     graph, state = nnx.split(model)
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # each process reads all of it
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def score(state: nnx.State, batch: Batch, memory_order: Int[Array, " B"]) -> Bool[Array, "B T"]:
         model = nnx.merge(graph, state)
         visual = model.encode_images(batch)
@@ -43,8 +46,10 @@ def make_scorer(model: Qwen3VL, mesh: Mesh | None = None, chunk: int = 128) -> S
         )
 
     def scorer(batch: Batch, memory_order: Any) -> Bool[Array, "B T"]:
-        batch = jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
-        return score(state, batch, jnp.asarray(memory_order))
+        order = np.asarray(memory_order, np.int32)
+        if mesh is None:
+            return score(state, jax.device_put(batch), order)
+        return score(state, shard_batch(take_rows(batch, local_rows(len(order), mesh)), mesh), order)
 
     return scorer
 

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.models.stack import group_name
+from pvm_jax.sharding import BATCH_AXES
 
 # A group's keys and values: [L,B,K,S,H] without those of the axes L, B, K that have length 1. XLA:CPU copies a buffer
 # that is written in one shape and read in another in every step of a loop; without such axes the shapes are the same
@@ -142,4 +144,35 @@ def init_cache(
         visual=jnp.zeros((batch_size, capacity), bool),
         vision_masked=jnp.zeros((batch_size,), bool),
         next_position=jnp.zeros((batch_size,), jnp.int32),
+    )
+
+
+def cache_shardings(config: ModelConfig, scan: bool, batch_size: int, mesh: Mesh) -> KVCache:
+    """Where the parts of a cache lie: rows over data and fsdp, key/value heads over tensor.
+
+    PVM's memory has one key/value head: every device of a row has it. Rows or heads that do not divide lie whole.
+    """
+    text, pvm = config.text, config.pvm
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = BATCH_AXES if batch_size % ways == 0 else None
+    heads = "tensor" if text.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+
+    def on(*axes: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    kv = {}
+    for group in config.layer_groups(scan):
+        lengths = ((None, len(group)), (rows, batch_size), (heads, text.num_key_value_heads))
+        kv[group_name(group)] = on(*(axis for axis, length in lengths if length > 1), None, None)
+    return KVCache(
+        keys=kv,
+        values=dict(kv),
+        memory={str(i): (on(rows), on(rows)) for i in pvm.layers} if pvm else {},
+        memory_slots=on(rows),
+        memory_filled=on(),
+        filled=on(),
+        valid=on(rows),
+        visual=on(rows),
+        vision_masked=on(rows),
+        next_position=on(rows),
     )

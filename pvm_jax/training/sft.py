@@ -120,6 +120,7 @@ def make_loader(setup: Setup) -> Loader:
         setup.processor,
         seed=setup.seed,
         row_multiple=setup.row_multiple,
+        share=setup.share,
         **_chosen(data, LOADER_KEYS),
     )
 

@@ -20,6 +20,7 @@ import jax
 from flax import nnx
 
 from pvm_jax.config import ModelConfig
+from pvm_jax.data.share import Share
 
 Fraction = tuple[Any, Any]
 """A metric as (sum, count). Micro-batches, devices and hosts add both up; the division happens once, at the end."""
@@ -39,6 +40,7 @@ class Setup:
     seed: int
     row_multiple: int = 1  # the rows of a batch divide by it: mesh data x fsdp x config.micro_batches
     freeze: Sequence[tuple[str, bool]] = (("", True),)  # see freeze.py; by default everything trains
+    share: Share = Share()  # noqa: RUF009  frozen; of several processes, which rows of a batch this one makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,8 @@ class StageBatch:
     """One optimizer step's worth of data, still on the host.
 
     `batch` is a pytree of numpy arrays: a `Batch`, or a dataclass that holds one. The rows stand on the first
-    axis of every leaf, except in `positions`, where they stand on the second ([3,B,T]).
+    axis of every leaf, except in `positions`, where they stand on the second ([3,B,T]). Of several processes each
+    gives the rows that are its own (`Setup.share.rows`); all the other fields are about the whole batch.
     `ids` name the samples in the message of a non-finite loss. `tokens` counts those that are not padding.
     With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own.
     """

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pvm_jax.data.batch import Batch
-from pvm_jax.sharding import BATCH_AXES, shard_batch
+from pvm_jax.sharding import BATCH_AXES, put_rows, shard_batch
 from pvm_jax.training.freeze import Arrays, Partition
 from pvm_jax.training.stage import Stage, TrainingError
 
@@ -62,6 +62,8 @@ def _shapes(arrays: Arrays) -> Arrays:
 def put_batch(batch: Any, mesh: Mesh, micro_batches: int) -> Any:
     """Host arrays -> arrays on the mesh, rows over `data` and `fsdp`; a `Batch` may be part of a larger pytree.
 
+    Of several processes each gives its own rows, see `sharding.local_rows`.
+
     Raises:
       TrainingError: the rows of a micro-batch do not divide over the mesh.
     """
@@ -69,15 +71,26 @@ def put_batch(batch: Any, mesh: Mesh, micro_batches: int) -> Any:
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def one(x: Any) -> Any:
-        leaf = x.tokens if isinstance(x, Batch) else x
-        if leaf.shape[0] % (ways * micro_batches):
+        placed = shard_batch(x, mesh) if isinstance(x, Batch) else put_rows(x, rows)
+        count = (placed.tokens if isinstance(x, Batch) else placed).shape[0]
+        if count % (ways * micro_batches):
             raise TrainingError(
-                f"a batch has {leaf.shape[0]} rows, which do not divide into config.micro_batches = {micro_batches} "
+                f"a batch has {count} rows, which do not divide into config.micro_batches = {micro_batches} "
                 f"x mesh data x fsdp = {ways}; change config.data's rows or samples, or micro_batches"
             )
-        return shard_batch(x, mesh) if isinstance(x, Batch) else jax.device_put(x, rows)
+        return placed
 
     return jax.tree.map(one, batch, is_leaf=lambda x: isinstance(x, Batch))
+
+
+def compiled(update: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+    """`update` of `make_update`, compiled: `state` is donated and stays where it lies, metrics are on every device.
+
+    Args:
+      state: arrays, or shapes with shardings.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
 def split_rows(batch: Any, parts: int) -> Any:

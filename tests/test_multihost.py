@@ -1,0 +1,372 @@
+"""Several processes: the same batches, losses and stops as one; whoever is lost, late or failed is named.
+
+What processes say to each other is tested with clusters in threads over a store in memory; two real processes over
+loopback then train, lose one of them, and go on as one.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import test_loader
+import training_runs
+from test_loader import Memory, processor  # noqa: F401  a fixture
+
+from pvm_jax import distributed
+from pvm_jax.data.loader import Loader, Stream
+from pvm_jax.data.share import Share
+from pvm_jax.distributed import Cancelled, Cluster, DistributedError
+from pvm_jax.sharding import local_rows, make_mesh, take_rows
+from pvm_jax.training.checkpoints import complete_steps
+
+
+class Store:
+    """The coordination service's key-value store, in memory."""
+
+    def __init__(self):
+        self.values: dict[str, str] = {}
+        self.changed = threading.Condition()
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        with self.changed:
+            assert allow_overwrite or key not in self.values
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        with self.changed:
+            if not self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: GetKeyValue() timed out with key: {key}")
+            return self.values[key]
+
+    def key_value_dir_get(self, prefix: str) -> list[tuple[str, str]]:
+        with self.changed:
+            return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def key_value_delete(self, key: str) -> None:
+        with self.changed:
+            self.values.pop(key, None)
+
+
+class Ended(BaseException):
+    """Stands for the end of a process."""
+
+
+@pytest.fixture
+def ended(monkeypatch) -> list[tuple[str, str]]:
+    """Clusters over a store in memory that poll quickly; (thread, sentence) of those that ended their process."""
+    store, sentences = Store(), []
+
+    def end(sentence: str) -> None:
+        sentences.append((threading.current_thread().name, sentence))
+        raise Ended
+
+    monkeypatch.setattr(distributed, "_store", lambda: store)
+    monkeypatch.setattr(distributed, "_POLL", 0.02)
+    monkeypatch.setattr(distributed, "_exit", end)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # Ended in a watching thread
+    return sentences
+
+
+def together(count: int, work, limit: float = 30.0) -> list:
+    """`work(i)` in a thread each; their results, or the exceptions that they raised."""
+    results: list = [None] * count
+
+    def one(i: int) -> None:
+        try:
+            results[i] = work(i)
+        except (Exception, Ended) as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=one, args=(i,), name=f"process {i}") for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(limit)
+        assert not thread.is_alive(), "they wait for each other"
+    return results
+
+
+# ---- Saying and waiting ------------------------------------------------------------------------------------------
+
+
+def test_exchange_gives_everybody_everything(ended):
+    clusters = [Cluster(i, 3) for i in range(3)]
+    assert together(3, lambda i: clusters[i].exchange("sizes", f"text {i}")) == [["text 0", "text 1", "text 2"]] * 3
+    assert Cluster().exchange("sizes", "alone") == ["alone"]
+
+
+def test_barrier_names_the_processes_that_do_not_come(ended):
+    clusters = [Cluster(i, 4, start_limit=0.1) for i in range(4)]
+    clusters[2]._tell("alive", "1 tpu-b")
+    results = together(4, lambda i: clusters[i].barrier("ready") if i in (0, 1) else None)
+    expected = "barrier/ready: process 2 (host tpu-b) and process 3 did not come within 0.1 s"
+    assert [str(r) for r in results[:2]] == [expected, expected]
+    assert isinstance(results[0], DistributedError)
+
+
+def test_exchange_of_a_batch_nobody_needs_ends(ended):
+    cluster, asked = Cluster(0, 2), threading.Event()
+    threading.Timer(0.1, asked.set).start()
+    with pytest.raises(Cancelled):
+        cluster.exchange_of_step(3, "text", asked.is_set)
+
+
+def test_sizes_of_old_batches_are_forgotten(ended):
+    clusters = [Cluster(i, 2) for i in range(2)]
+    together(2, lambda i: [clusters[i].exchange_of_step(step, "text", lambda: False) for step in range(5)])
+    assert len(distributed._store().key_value_dir_get("pvm_jax/batch/")) <= 4
+
+
+def test_workdir_that_is_not_shared(ended, tmp_path):
+    clusters = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
+    assert together(2, lambda i: clusters[i].check_shared(tmp_path / "w")) == [None, None]
+    assert list((tmp_path / "w").iterdir()) == []
+    again = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
+    results = together(2, lambda i: again[i].check_shared(tmp_path / f"of host {i}"))
+    for i, error in enumerate(results):
+        assert str(error) == (
+            f"--workdir={tmp_path}/of host {i}: process 1 cannot see what process 0 writes there; "
+            "expected a directory that all hosts share"
+        )
+
+
+# ---- Failing and stopping ----------------------------------------------------------------------------------------
+
+
+def test_one_failure_ends_all_with_its_message(ended):
+    clusters = [Cluster(i, 3, silence_limit=5) for i in range(3)]
+
+    def work(i: int) -> None:
+        with clusters[i] as cluster, cluster.guard():
+            if i == 1:
+                raise DistributedError("the disk of this host is full")
+            time.sleep(0.3)  # in a collective
+
+    results = together(3, work)
+    assert isinstance(results[1], Ended)
+    said = dict(ended)
+    assert said["process 1"] == "the disk of this host is full"
+    watchers = [sentence for name, sentence in ended if name == "watch"]
+    host = socket.gethostname()
+    assert watchers == [f"process 1 (host {host}) failed: the disk of this host is full"] * 2
+
+
+def test_silent_process_is_named_and_a_finished_one_is_not(ended):
+    clusters = [Cluster(i, 3, silence_limit=0.3) for i in range(3)]
+    clusters[1]._tell("alive", "7 tpu-b")  # and never again
+
+    def work(i: int) -> None:
+        if i != 1:
+            with clusters[i]:
+                time.sleep(0.1 if i == 2 else 1.0)
+
+    together(3, work)
+    assert [sentence for _, sentence in ended] == [
+        "no sign of life from process 1 (host tpu-b) for 0.3 s; "
+        "start the run again, it goes on from its last checkpoint"
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
+    """A step is a collective that waits for the other process; hosts run up to two steps ahead of it."""
+    rng = np.random.default_rng(seed)
+    clusters = [Cluster(i, 2) for i in range(2)]
+    begun = [threading.Semaphore(0), threading.Semaphore(0)]
+    pauses = rng.random((2, 200)) * 0.01
+    signal_at = int(rng.integers(0, 40))
+
+    def work(i: int) -> int:
+        with clusters[i] as cluster:
+            if cluster.stop_after(0):
+                return 0
+            for step in range(1, 200):
+                begun[i].release()
+                if step > 2:  # the result of step - 2 needs the other process to have begun it
+                    assert begun[1 - i].acquire(timeout=10)
+                time.sleep(pauses[i][step])
+                if step == signal_at and i == 1:
+                    cluster._on_sigterm(signal.SIGTERM, None)
+                if cluster.stop_after(step):
+                    return step
+        return -1
+
+    first, second = together(2, work)
+    assert first == second and (first >= signal_at or signal_at == 0)
+
+
+def test_sigterm_reaches_a_single_process():
+    with Cluster() as cluster:
+        assert not cluster.stop_after(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert cluster.stop_after(2)
+
+
+# ---- Joining -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("host:1", None, 0), "--num_processes: expected all of --coordinator, --num_processes, --process_id or none"),
+        (("host", 2, 0), "--coordinator: expected HOST:PORT of process 0, got 'host'"),
+        (("host:1", 2, 2), "--process_id: expected 0 to 1 with --num_processes=2, got 2"),
+    ],
+)
+def test_flags_that_do_not_fit(arguments, sentence):
+    with pytest.raises(DistributedError, match=f"^{sentence}"):
+        distributed.join(*arguments)
+
+
+def test_coordinator_that_does_not_answer():
+    port = free_port()
+    script = f"from pvm_jax import distributed; distributed.join('127.0.0.1:{port}', 2, 1, start_limit=2)"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=training_runs.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and time.monotonic() - began < 120
+    assert done.stderr.splitlines()[-1] == (
+        f"error: 127.0.0.1:{port} does not answer, or other processes are missing, after 2 s; "
+        "start the same command on every host and let port and firewall admit it"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("pack", [True, False])
+def test_batches_are_those_of_one_process(ended, processor, count, pack):  # noqa: F811
+    """Packed rows and over-long samples included; each process has only its own rows."""
+    source = Memory(12)
+    options = {"row_multiple": count, "pack": pack}
+    alone = test_loader.make(processor, source, samples=6, length=(64, 100), loader=options)
+    clusters = [Cluster(i, count) for i in range(count)]
+
+    def rows(i):
+        return lambda total: range(i * total // count, (i + 1) * total // count)
+
+    def work(i: int) -> list:
+        share = Share(i, count, rows(i), clusters[i].exchange_of_step)
+        stream = Stream(source, 6, (64, 100), 64)
+        return [Loader([stream], processor, seed=3, share=share, **options).batch(step) for step in range(3)]
+
+    parts = together(count, work)
+    skipped = 0
+    for step in range(3):
+        batch, info = alone.batch(step)
+        skipped += len(info.skipped)
+        for i in range(count):
+            got, got_info = parts[i][step]
+            assert got_info == info
+            assert test_loader.same(got, take_rows(batch, np.array(rows(i)(len(batch.tokens)))))
+    assert skipped > 0
+
+
+def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F811
+    encoded = [0, 0]
+
+    class Counting:
+        def __init__(self, i: int):
+            self.i = i
+
+        def encode(self, record):
+            encoded[self.i] += 1
+            return processor.encode(record)
+
+    clusters = [Cluster(i, 2) for i in range(2)]
+
+    def work(i: int) -> None:
+        share = Share(i, 2, lambda total: range(i * total // 2, (i + 1) * total // 2), clusters[i].exchange_of_step)
+        stream = Stream(Memory(32), 32, 256, 64)
+        Loader([stream], Counting(i), seed=0, row_multiple=2, share=share).batch(0)
+
+    together(2, work)
+    assert 32 <= sum(encoded) <= 64 and max(encoded) < 32
+
+
+def test_rows_of_a_process(monkeypatch):
+    assert local_rows(12, make_mesh(data=2, fsdp=2, tensor=2)).tolist() == list(range(12))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert local_rows(12, mesh).tolist() == []
+
+
+# ---- Two processes over loopback ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
+    flags = ("--config.steps=600", "--config.checkpoint.every=3", "--config.mesh.data=2")
+    return training_runs.Setting.write(tmp_path_factory.mktemp("hosts"), small_checkpoint, flags)
+
+
+def test_two_processes_train_as_one_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
+    """Two processes of two devices each; process 1 is killed; one process of four devices goes on."""
+    workdir, silence = tmp_path / "w", 6
+    port = free_port()
+    pair = []
+    for i in range(2):
+        argv = [sys.executable, "train.py", *setting.flags, f"--workdir={workdir}"]
+        argv += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
+        argv += [f"--silence_limit={silence}"]
+        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        log = (tmp_path / f"log{i}").open("w")
+        pair.append(subprocess.Popen(argv, cwd=training_runs.ROOT, env=env, stdout=log, stderr=log))
+    try:
+        deadline = time.monotonic() + 900
+        while len(complete_steps(workdir / "checkpoints")) < 2:
+            assert pair[0].poll() is None and time.monotonic() < deadline, (tmp_path / "log0").read_text()[-3000:]
+            time.sleep(0.05)
+        pair[1].send_signal(signal.SIGKILL)
+        assert pair[0].wait(timeout=silence + 60) == 1
+    finally:
+        for process in pair:
+            process.kill()
+            process.wait()
+    message = (tmp_path / "log0").read_text().splitlines()[-1]
+    assert message == (
+        f"error: no sign of life from process 1 (host {socket.gethostname()}) for {silence} s; "
+        "start the run again, it goes on from its last checkpoint"
+    )
+
+    last = max(complete_steps(workdir / "checkpoints"))
+    train_until(last + 2, monkeypatch, setting, workdir, start=last)
+    assert f"resuming from step {last}" in capsys.readouterr().out
+    train_until(last + 2, monkeypatch, setting, tmp_path / "whole")
+    got, want = training_runs.losses(workdir), training_runs.losses(tmp_path / "whole")
+    assert len(got) == len(want) == last + 2
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def train_until(step: int, patch: pytest.MonkeyPatch, setting, workdir, start: int = 0) -> None:
+    """Trains on four devices and has itself stopped after a step: with another `steps` it would be another run."""
+    with patch.context() as inner:
+        inner.syspath_prepend(str(training_runs.ROOT))
+        import train
+
+        put, calls = train.put_batch, []
+
+        def counted(*args):
+            calls.append(0)
+            if start + len(calls) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return put(*args)
+
+        inner.setattr(train, "put_batch", counted)
+        assert training_runs.run(inner, setting, workdir, devices=4) == distributed.PREEMPTED

@@ -1,0 +1,74 @@
+"""Generation where the model lies: the same tokens on a mesh as on one device, cache and visual memory spread."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from pvm_jax import decoding
+from pvm_jax.checkpoint import load_model
+from pvm_jax.data.processor import Processor
+from pvm_jax.evals.scoring import make_scorer
+from pvm_jax.generate import encode, make_batch
+from pvm_jax.sampling import Sampling, row_keys
+from pvm_jax.sharding import make_mesh
+
+ROWS = 4
+SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def prompts(small_checkpoint):
+    """Two rows with an image, two without, of different lengths."""
+    processor = Processor.from_pretrained(small_checkpoint, max_pixels=4096)
+    questions = [[tiny.user(*([tiny.image(i, 64, 64)] * (i % 2)), tiny.text(i, 4 + 3 * i))] for i in range(ROWS)]
+    return make_batch(encode(processor, questions))
+
+
+@pytest.fixture(scope="module")
+def models(small_checkpoint):
+    return load_model(small_checkpoint, scan=True), load_model(small_checkpoint, scan=True, mesh=make_mesh(**SHAPE))
+
+
+def test_a_mesh_generates_what_one_device_generates(models, prompts):
+    alone, spread = (decoding.complete(model, prompts, max_new_tokens=5) for model in models)
+    np.testing.assert_array_equal(spread.tokens, alone.tokens)
+    np.testing.assert_allclose(spread.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_cache_and_memory_are_spread(models, prompts):
+    """A quarter of the rows on each device, and of the keys and values one of the two heads."""
+    model = models[1]
+    mesh = make_mesh(**SHAPE)
+    switches, settings = decoding.make_settings(model, Sampling(), (), ())
+    graph, params = nnx.split(model)
+    keys, limit = row_keys(0, ROWS), np.int32(4)
+    prompt = prompts.tokens.shape[1]
+    state, *_ = decoding.prefill(
+        graph, params, prompts, keys, settings, switches=switches, capacity=prompt + 64, mesh=mesh
+    )
+    before = jax.tree.map(lambda x: x.sharding, state)
+    assert_spread(state)
+    state, *_ = decoding.decode(graph, params, state, limit, settings, switches=switches, mesh=mesh)
+    assert_spread(state)
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
+    assert all(jax.tree.leaves(same)), "a cache that moves is not updated in place"
+
+
+def assert_spread(state: decoding.State) -> None:
+    def share(x: jax.Array) -> float:
+        return x.addressable_shards[0].data.size / x.size
+
+    for x in jax.tree.leaves((state.cache.keys, state.cache.values)):
+        assert share(x) == 1 / 8
+    for x in (*jax.tree.leaves(state.cache.memory), state.cache.valid, state.cache.memory_slots):
+        assert share(x) == 1 / 4
+
+
+def test_scores_are_those_of_one_device(models, prompts):
+    mesh = make_mesh(**SHAPE)
+    order = np.roll(np.arange(ROWS), 1)
+    alone, spread = make_scorer(models[0])(prompts, order), make_scorer(models[1], mesh)(prompts, order)
+    np.testing.assert_array_equal(np.asarray(spread), np.asarray(alone))
+    assert spread.is_fully_replicated
