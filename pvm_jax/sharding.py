@@ -11,13 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pvm_jax.data.batch import Batch
 
 # Axes: data (replicas), fsdp (parameters and batch split), tensor (heads and FFN width split).
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Of devices, or of none: what is only traced and lowered needs none.
+AnyMesh = Mesh | AbstractMesh
 
 # Logical axis -> mesh axis. Latent axes of PVM are small (4 query heads on 1 KV head): replicated over `tensor`.
 RULES: Mapping[str, str | None] = {
@@ -82,7 +84,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> tuple[PartitionSpec, list[str]]:
+def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: AnyMesh) -> tuple[PartitionSpec, list[str]]:
     """The layout of one parameter, and everything that is wrong with it."""
     spec: list[str | None] = []
     problems: list[str] = []
@@ -106,7 +108,7 @@ def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh
     return PartitionSpec(*spec), problems
 
 
-def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def param_shardings(state: nnx.State, mesh: AnyMesh) -> nnx.State:
     """NamedShardings for a model's parameters (values or shapes), in the same tree.
 
     Raises:
@@ -126,7 +128,7 @@ def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     return shardings
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
+def batch_shardings(mesh: AnyMesh) -> Batch:
     """Rows over data and fsdp; positions have their rows on the second axis."""
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     fields = {f.name: rows for f in dataclasses.fields(Batch)}

@@ -6,19 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.planning.topology import PlanError
 from pvm_jax.presets import hf_config
-from pvm_jax.sharding import batch_shardings
+from pvm_jax.sharding import AnyMesh, batch_shardings
 from pvm_jax.training.freeze import Arrays, trains
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.setup import Blueprint, ModelOptions
 from pvm_jax.training.sft import SFT
 from pvm_jax.training.stage import Stage
-from pvm_jax.training.step import TrainState, abstract_state, make_update
+from pvm_jax.training.step import TrainState, abstract_state, compiled, make_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Recipe:
 
     config: Mapping[str, Any]
     model: ModelConfig
-    mesh: Mesh | AbstractMesh
+    mesh: AnyMesh
     platform: str
 
     @property
@@ -75,10 +74,7 @@ class TrainStep:
     def trace(self) -> Any:
         """Traced as `train.py` would trace it: `.lower()` compiles for the mesh's devices, and with
         `lowering_platforms=` an abstract mesh is lowered for a platform."""
-        metrics = NamedSharding(self.recipe.mesh, PartitionSpec())
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        jitted = jax.jit(self.update, donate_argnums=0, out_shardings=(shardings, metrics))
-        return jitted.trace(self.state, self.frozen, self.batch)
+        return compiled(self.update, self.state, self.recipe.mesh).trace(self.state, self.frozen, self.batch)
 
 
 class _NoBatches:
@@ -121,6 +117,7 @@ def programs(recipe: Recipe) -> list[TrainStep]:
 def train_step(name: str, recipe: Recipe, stage: Stage, *, head_trains: bool, chunk: int) -> TrainStep:
     """The step of a stage whose batch is a `Batch`."""
     config, mesh = recipe.config, recipe.mesh
+    shape = largest_batch(config, recipe.ways)
     model = dict(config["model"])
     model["path"] = model["path"] or "-"
     model["dtype"] = model["dtype"] or "bfloat16"  # what train.py takes on accelerators
@@ -129,7 +126,6 @@ def train_step(name: str, recipe: Recipe, stage: Stage, *, head_trains: bool, ch
     schedule = make_schedule(adamw, config["steps"] or 1000)  # the number of steps changes no shape
     optimizer = make_optimizer(adamw, schedule, blueprint.partition.trainable)
     trainable = {n: blueprint.abstract[n] for n in blueprint.partition.trainable}
-    shape = largest_batch(config, recipe.ways)
     return TrainStep(
         name=name,
         recipe=recipe,

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax.checkpoint import Checkpoint, load_params
 from pvm_jax.config import ModelConfig
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
-from pvm_jax.sharding import param_shardings
+from pvm_jax.sharding import AnyMesh, param_shardings
 from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
 from pvm_jax.training.stage import Fraction, Setup, Stage, TrainingError
 
@@ -75,7 +75,7 @@ class Blueprint:
         options: ModelOptions,
         stage: Stage,
         table: Table,
-        mesh: Mesh | AbstractMesh,
+        mesh: AnyMesh,
         platform: str | None = None,
     ):
         self._config, self._options, self._stage = config, options, stage

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from pvm_jax.data.batch import Batch
-from pvm_jax.sharding import BATCH_AXES, put_rows, shard_batch
+from pvm_jax.sharding import BATCH_AXES, AnyMesh, put_rows, shard_batch
 from pvm_jax.training.freeze import Arrays, Partition
 from pvm_jax.training.stage import Stage, TrainingError
 
@@ -39,7 +39,7 @@ def init_state(optimizer: optax.GradientTransformation, trainable: Arrays, mesh:
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), trainable, moments)
 
 
-def abstract_state(optimizer: optax.GradientTransformation, trainable: Arrays, mesh: Mesh) -> TrainState:
+def abstract_state(optimizer: optax.GradientTransformation, trainable: Arrays, mesh: AnyMesh) -> TrainState:
     """Shapes, dtypes and shardings of a state; moments lie as their parameters do, counters on every device.
 
     Args:
@@ -83,7 +83,7 @@ def put_batch(batch: Any, mesh: Mesh, micro_batches: int) -> Any:
     return jax.tree.map(one, batch, is_leaf=lambda x: isinstance(x, Batch))
 
 
-def compiled(update: Callable[..., Any], state: TrainState, mesh: Mesh) -> Callable[..., Any]:
+def compiled(update: Callable[..., Any], state: TrainState, mesh: AnyMesh) -> Callable[..., Any]:
     """`update` of `make_update`, compiled: `state` is donated and stays where it lies, metrics are on every device.
 
     Args:
