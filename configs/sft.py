@@ -1,9 +1,13 @@
 """SFT of PVM on Qwen3-VL, the paper's recipe (arXiv 2605.00814): `configs/sft.py:8b`; also 2b, 4b, 32b.
 
-Launch:
+Launch, on any machine the checkpoint first:
     python -m pvm_jax.convert from_hf Qwen3-VL-8B-Instruct qwen3-vl-8b-pvm --pvm_layers=8,16,24 --pvm_hidden_size=512
-    python train.py --config=configs/sft.py:8b --workdir=runs/sft-8b \\
+then on one machine with eight GPUs
+    python train.py --config=configs/sft.py:8b --workdir=runs/sft-8b --config.micro_batches=4 \
         --config.model.path=qwen3-vl-8b-pvm --config.data.path=train.jsonl --config.data.image_folder=images
+or on every host of a TPU slice, here v5e:16x16 (docs/pods.md has Cloud TPU VMs, GKE and SLURM)
+    python train.py --config=configs/sft.py:8b --workdir=/mnt/shared/runs/sft-8b --config.distributed=True \
+        --config.mesh.fsdp=64 --config.mesh.tensor=4 --config.model.path=... --config.data.path=...
 
 Your own data: one JSON object a line, {"messages": [...], "images": [...]} or prompt and completion
 (pvm_jax/data/records.py lists the forms); parquet and TFDS directories work alike.
@@ -15,10 +19,19 @@ bucket are left out and reported (the script never cuts; a row of 16k image toke
 
 Data in the paper: 526k samples filtered from OpenMMReasoner-SFT-874K; the filter is not published.
 
+Size   PVM layers   PVM parameters   TPU slice: mesh, micro-batches     GPUs: micro-batches
+2b     5, 11, 17    18,878,211       v5e:2x2: fsdp 4, 16                one H100: 16
+4b     5, 11, 17    22,728,963       v5e:2x2: fsdp 4, 16                one H100: 16; 8: 2
+8b     8, 16, 24    27,922,179       v5e:2x4: fsdp 8, 8                 8 x H100: 4
+                                     v5e:16x16: fsdp 64 x tensor 4, 1
+32b    16, 32, 48   37,359,363       v5p:4x4x4: fsdp 64, 1              8 x H100: 8
+Layers of 4b and 8b are the paper's; those of 2b and 32b are ours (convert with these --pvm_layers).
+
+Planned memory  docs/plans.md: 64 rows of 4,096 tokens a step; other buckets by `python -m pvm_jax.plan`
 Hardware        not measured (the paper: 8 GPUs)
 Wall time       not measured
 Result          paper, mean of eight benchmarks: 8B 66.7 -> 70.6, 4B 64.0 -> 67.2; ours not measured
-PVM parameters  8B 27,922,179; 4B 22,728,963
+                2B and 32B: no numbers in the paper, not measured
 
 Arguments, separated by commas: the size, and `smoke`: the same configuration in a few steps of tiny batches.
 """

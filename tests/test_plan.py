@@ -136,8 +136,10 @@ def test_unavoidable_bytes_of_8b_by_hand():
     least = estimate.unavoidable(step_of(resolved("8b"), (1, 8, 1)))
     tokens = 8 * 4096
     assert least.layer_inputs == 2 * tokens * 4096 * (36 - 8 + 1)
-    assert least.optimizer == pytest.approx(3 * 4 * 27_922_179 / 8, rel=0.02), "moments and gradients, mostly sharded"
-    assert least.weights == pytest.approx(2 * 8.77e9 / 8, rel=0.02)
+    # Of a branch only the three matrices of the decoder's width are split; two moments and a gradient, in fp32.
+    split = 3 * 3 * 512 * 4096
+    assert least.optimizer == pytest.approx(3 * 4 * (split / 8 + 27_922_179 - split), rel=0.001)
+    assert least.weights == pytest.approx(2 * 8.77e9 / 8, rel=0.1), "nearly all is split"
     assert least.work > 2 * 3 * tokens * 12288
 
 

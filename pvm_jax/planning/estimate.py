@@ -84,6 +84,8 @@ def layer_weights(text: TextConfig) -> int:
 def flops(step: TrainStep, *, attention: bool = True) -> float:
     """Floating-point operations of a step of which only PVM trains, all devices together.
 
+    PVM's branches are small and not split over `tensor`: each of its devices computes them.
+
     Args:
       attention: with the products of scores and of values, which a compiler does not count inside of kernels.
     """
@@ -95,12 +97,15 @@ def flops(step: TrainStep, *, attention: bool = True) -> float:
     # The first PVM layer is recomputed up to its branch; no gradient passes its input.
     above = text.num_hidden_layers - first - 1
     own = 2.0 * tokens * text.hidden_size * 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    layers = text.num_hidden_layers * matrices + above * 2 * matrices + own
+    # Nothing in a layer's gradient needs its last product, which is not computed again.
+    last = 2.0 * tokens * text.hidden_size * text.intermediate_size
+    layers = text.num_hidden_layers * matrices + above * (2 * matrices - last) + own
     # Backward attention: once again, and four products instead of two.
     layers += scores * (text.num_hidden_layers + above * 3 + 1)
     # Logits forward, and their gradient with them.
     head = 2 * 2.0 * tokens * text.hidden_size * text.vocab_size
     branches = _pvm_flops(pvm, text, tokens, tokens_of_memory(step)) * len(pvm.layers) if pvm else 0.0
+    branches *= step.recipe.mesh.shape["tensor"]
     return layers + head + branches + _vision_flops(model.vision, shape.rows, shape.patches, attention)
 
 
