@@ -319,7 +319,7 @@ class Cluster:
         self._tell("error", sentence)
         deadline = time.monotonic() + 10 * _POLL
         while self.index == 0 and time.monotonic() < deadline:  # the store ends with process 0
-            told = {i for kind in ("seen", "done") for i in self._read()[kind]}
+            told = {i for kind in ("seen", "done", "error") for i in self._read()[kind]}
             if len(told | {0}) == self.count:
                 break
             time.sleep(_POLL / 10)

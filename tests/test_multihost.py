@@ -4,6 +4,7 @@ What processes say to each other is tested with clusters in threads over a store
 loopback then train, lose one of them, and go on as one.
 """
 
+import dataclasses
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -129,6 +131,7 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
     clusters = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
     assert together(2, lambda i: clusters[i].check_shared(tmp_path / "w")) == [None, None]
     assert list((tmp_path / "w").iterdir()) == []
+    distributed._store().values.clear()  # of another run
     again = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
     results = together(2, lambda i: again[i].check_shared(tmp_path / f"of host {i}"))
     for i, error in enumerate(results):
@@ -142,7 +145,7 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
 
 
 def test_one_failure_ends_all_with_its_message(ended):
-    clusters = [Cluster(i, 3, silence_limit=5) for i in range(3)]
+    clusters = [Cluster(i, 3, silence_limit=5.0) for i in range(3)]
 
     def work(i: int) -> None:
         with clusters[i] as cluster, cluster.guard():
@@ -273,8 +276,9 @@ def test_batches_are_those_of_one_process(ended, processor, count, pack):  # noq
         skipped += len(info.skipped)
         for i in range(count):
             got, got_info = parts[i][step]
-            assert got_info == info
-            assert test_loader.same(got, take_rows(batch, np.array(rows(i)(len(batch.tokens)))))
+            mine = rows(i)(len(batch.tokens))
+            assert got_info == dataclasses.replace(info, local_rows=tuple(mine))
+            assert test_loader.same(got, take_rows(batch, np.array(mine)))
     assert skipped > 0
 
 
@@ -300,11 +304,22 @@ def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F
     assert 32 <= sum(encoded) <= 64 and max(encoded) < 32
 
 
-def test_rows_of_a_process(monkeypatch):
-    assert local_rows(12, make_mesh(data=2, fsdp=2, tensor=2)).tolist() == list(range(12))
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert local_rows(12, mesh).tolist() == []
+@pytest.mark.parametrize(
+    ("sizes", "process", "expected"),
+    [
+        ((4, 1, 2), 0, [0, 1, 2, 3, 4, 5]),
+        ((4, 1, 2), 1, [6, 7, 8, 9, 10, 11]),
+        ((1, 1, 8), 1, list(range(12))),  # the tensor axis spans both: both have all rows
+        ((2, 1, 4), 0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_rows_of_a_process(monkeypatch, sizes, process, expected):
+    """Eight devices, of which each process has four."""
+    mesh = make_mesh(*sizes)
+    fake = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)]).reshape(sizes)
+    monkeypatch.setattr(type(mesh), "devices", fake)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert local_rows(12, mesh).tolist() == expected
 
 
 # ---- Two processes over loopback ---------------------------------------------------------------------------------
@@ -312,12 +327,12 @@ def test_rows_of_a_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
-    flags = ("--config.steps=600", "--config.checkpoint.every=3", "--config.mesh.data=2")
+    flags = ("--config.steps=600", "--config.checkpoint.every=3")
     return training_runs.Setting.write(tmp_path_factory.mktemp("hosts"), small_checkpoint, flags)
 
 
 def test_two_processes_train_as_one_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
-    """Two processes of two devices each; process 1 is killed; one process of four devices goes on."""
+    """Two processes of two devices each, parameters split over all four; process 1 is killed; one process goes on."""
     workdir, silence = tmp_path / "w", 6
     port = free_port()
     pair = []
