@@ -70,10 +70,11 @@ def define_flags() -> None:
     flags.DEFINE_float("silence_limit", SILENCE_LIMIT, "Seconds without a sign of life: then a process counts as lost.")
 
 
-def flag_values() -> dict[str, Any]:
-    """The arguments of `join` that the flags of `define_flags` give."""
+def flag_values(detect: bool = False) -> dict[str, Any]:
+    """The arguments of `join` that the flags of `define_flags` give; `detect` as if --distributed were given."""
     names = ("coordinator", "num_processes", "process_id", "start_limit", "silence_limit")
-    return {name: flags.FLAGS[name].value for name in names} | {"detect": flags.FLAGS["distributed"].value}
+    values = {name: flags.FLAGS[name].value for name in names}
+    return values | {"detect": detect or flags.FLAGS["distributed"].value}
 
 
 def join(

@@ -333,7 +333,7 @@ def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
 
 def test_two_processes_train_as_one_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
     """Two processes of two devices each, parameters split over all four; process 1 is killed; one process goes on."""
-    workdir, silence = tmp_path / "w", 6
+    workdir, silence = tmp_path / "w", 20
     port = free_port()
     pair = []
     for i in range(2):
