@@ -207,7 +207,7 @@ def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
 
 
 def test_sigterm_reaches_a_single_process():
-    with Cluster() as cluster:
+    with Cluster(stops=True) as cluster:
         assert not cluster.stop_after(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert cluster.stop_after(2)
