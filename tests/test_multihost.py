@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import jax
 import numpy as np
@@ -25,7 +24,7 @@ from pvm_jax import distributed
 from pvm_jax.data.loader import Loader, Stream
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
-from pvm_jax.sharding import local_rows, make_mesh, take_rows
+from pvm_jax.sharding import MESH_AXES, local_rows, take_rows
 from pvm_jax.training.checkpoints import complete_steps
 
 
@@ -148,7 +147,7 @@ def test_one_failure_ends_all_with_its_message(ended):
     clusters = [Cluster(i, 3, silence_limit=5.0) for i in range(3)]
 
     def work(i: int) -> None:
-        with clusters[i] as cluster, cluster.guard():
+        with clusters[i]:
             if i == 1:
                 raise DistributedError("the disk of this host is full")
             time.sleep(0.3)  # in a collective
@@ -162,19 +161,29 @@ def test_one_failure_ends_all_with_its_message(ended):
     assert watchers == [f"process 1 (host {host}) failed: the disk of this host is full"] * 2
 
 
+def test_guard_tells_before_anything_is_closed(ended):
+    with pytest.raises(Ended), Cluster(0, 2).guard():
+        raise DistributedError("no")
+    assert ended == [("MainThread", "no")]
+    assert distributed._store().values["pvm_jax/watch/error/0"] == "no"
+    with pytest.raises(ZeroDivisionError), Cluster().guard():
+        raise ZeroDivisionError
+
+
 def test_silent_process_is_named_and_a_finished_one_is_not(ended):
-    clusters = [Cluster(i, 3, silence_limit=0.3) for i in range(3)]
+    clusters = [Cluster(i, 3, silence_limit=2.0) for i in range(3)]
     clusters[1]._tell("alive", "7 tpu-b")  # and never again
 
     def work(i: int) -> None:
         if i != 1:
             with clusters[i]:
-                time.sleep(0.1 if i == 2 else 1.0)
+                deadline = time.monotonic() + 20
+                while i == 0 and not ended and time.monotonic() < deadline:
+                    time.sleep(0.05)
 
     together(3, work)
     assert [sentence for _, sentence in ended] == [
-        "no sign of life from process 1 (host tpu-b) for 0.3 s; "
-        "start the run again, it goes on from its last checkpoint"
+        "no sign of life from process 1 (host tpu-b) for 2 s; start the run again, it goes on from its last checkpoint"
     ]
 
 
@@ -304,6 +313,15 @@ def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F
     assert 32 <= sum(encoded) <= 64 and max(encoded) < 32
 
 
+class Device:
+    """Enough of a device for a mesh."""
+
+    platform = device_kind = "none"
+
+    def __init__(self, id: int):
+        self.id, self.process_index = id, id // 4
+
+
 @pytest.mark.parametrize(
     ("sizes", "process", "expected"),
     [
@@ -315,9 +333,7 @@ def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F
 )
 def test_rows_of_a_process(monkeypatch, sizes, process, expected):
     """Eight devices, of which each process has four."""
-    mesh = make_mesh(*sizes)
-    fake = np.array([types.SimpleNamespace(process_index=i // 4) for i in range(8)]).reshape(sizes)
-    monkeypatch.setattr(type(mesh), "devices", fake)
+    mesh = jax.sharding.Mesh(np.array([Device(i) for i in range(8)]).reshape(sizes), MESH_AXES)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     assert local_rows(12, mesh).tolist() == expected
 
