@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -61,7 +62,7 @@ class Ended(BaseException):
 
 
 @pytest.fixture
-def ended(monkeypatch) -> list[tuple[str, str]]:
+def ended(monkeypatch) -> Iterator[list[tuple[str, str]]]:
     """Clusters over a store in memory that poll quickly; (thread, sentence) of those that ended their process."""
     store, sentences = Store(), []
 
@@ -73,7 +74,15 @@ def ended(monkeypatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(distributed, "_POLL", 0.02)
     monkeypatch.setattr(distributed, "_exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # Ended in a watching thread
-    return sentences
+    yield sentences
+
+    def gone() -> None:
+        raise Ended
+
+    monkeypatch.setattr(distributed, "_store", gone)  # ends the threads of clusters that were left by an exception
+    for thread in threading.enumerate():
+        if thread.name == "watch":
+            thread.join(timeout=10)
 
 
 def together(count: int, work, limit: float = 30.0) -> list:
