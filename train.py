@@ -46,10 +46,9 @@ distributed.define_flags()
 
 
 def main(argv: list[str]) -> int:
-    arguments = distributed.flag_values()
-    arguments["detect"] |= flags.FLAGS.config.distributed
-    with distributed.join(**arguments) as cluster:
-        return train(flags.FLAGS.config, Path(flags.FLAGS.workdir), cluster)
+    config = flags.FLAGS.config
+    with distributed.join(**distributed.flag_values(detect=config.distributed), stops=True) as cluster:
+        return train(config, Path(flags.FLAGS.workdir), cluster)
 
 
 def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> int:

@@ -245,19 +245,23 @@ def decode(
 
     empty = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
     state, *made = jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
-    return state, *_everywhere(tuple(made), mesh)
+    return _spread(state, model, mesh), *_everywhere(tuple(made), mesh)
 
 
 def _spread(state: State, model: Qwen3VL, mesh: Mesh | None) -> State:
-    """The state with its cache where `cache_shardings` says, and the little that the host reads on every device."""
+    """The state with its cache where `cache_shardings` says, and the rest, which is small, on every device.
+
+    Every part has its place: one that XLA could choose would make the next dispatch another program.
+    """
     if mesh is None:
         return state
     places = cache_shardings(model.config, model.scan, state.tokens.shape[0], mesh)
-    tokens, finished = _everywhere((state.tokens, state.finished), mesh)
-    return state.replace(cache=jax.lax.with_sharding_constraint(state.cache, places), tokens=tokens, finished=finished)
+    cache = jax.lax.with_sharding_constraint(state.cache, places)
+    rest = _everywhere((state.tokens, state.finished, state.step, state.keys, state.history), mesh)
+    return State(cache, *rest)
 
 
-def _everywhere(values: tuple[Array, ...], mesh: Mesh | None) -> tuple[Array, ...]:
+def _everywhere(values: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
     if mesh is None:
         return values
     return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))

@@ -70,10 +70,11 @@ def define_flags() -> None:
     flags.DEFINE_float("silence_limit", SILENCE_LIMIT, "Seconds without a sign of life: then a process counts as lost.")
 
 
-def flag_values() -> dict[str, Any]:
-    """The arguments of `join` that the flags of `define_flags` give."""
+def flag_values(detect: bool = False) -> dict[str, Any]:
+    """The arguments of `join` that the flags of `define_flags` give; `detect` as if --distributed were given."""
     names = ("coordinator", "num_processes", "process_id", "start_limit", "silence_limit")
-    return {name: flags.FLAGS[name].value for name in names} | {"detect": flags.FLAGS["distributed"].value}
+    values = {name: flags.FLAGS[name].value for name in names}
+    return values | {"detect": detect or flags.FLAGS["distributed"].value}
 
 
 def join(
@@ -82,6 +83,7 @@ def join(
     process_id: int | None = None,
     *,
     detect: bool = False,
+    stops: bool = False,
     start_limit: float = START_LIMIT,
     silence_limit: float = SILENCE_LIMIT,
 ) -> "Cluster":
@@ -90,6 +92,7 @@ def join(
     Args:
       coordinator: HOST:PORT where process 0 listens; then the two numbers are needed, too.
       detect: without a coordinator, ask the environment (Cloud TPU, GKE, SLURM, Open MPI); else this is one process.
+      stops: SIGTERM does not end this process, it makes `Cluster.stop_after` true.
       start_limit: seconds to wait for the others, here and at barriers.
       silence_limit: seconds without a sign of life after which a process counts as lost.
 
@@ -100,7 +103,7 @@ def join(
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == 3 and not detect:
-        return Cluster(start_limit=start_limit, silence_limit=silence_limit)
+        return Cluster(stops=stops, start_limit=start_limit, silence_limit=silence_limit)
     if len(missing) == 3:
         _initialize(start_limit, "the coordinator that the environment names")
     elif missing:
@@ -114,7 +117,8 @@ def join(
             num_processes=num_processes,
             process_id=process_id,
         )
-    return Cluster(jax.process_index(), jax.process_count(), start_limit=start_limit, silence_limit=silence_limit)
+    limits = {"start_limit": start_limit, "silence_limit": silence_limit}
+    return Cluster(jax.process_index(), jax.process_count(), stops=stops, **limits)
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -157,11 +161,12 @@ class Cluster:
         index: int = 0,
         count: int = 1,
         *,
+        stops: bool = False,
         start_limit: float = START_LIMIT,
         silence_limit: float = SILENCE_LIMIT,
     ):
         self.index, self.count = index, count
-        self._limit, self._silence = start_limit, silence_limit
+        self._stops, self._limit, self._silence = stops, start_limit, silence_limit
         self._requested = False  # SIGTERM arrived here
         self._lock = threading.Lock()
         self._going_to = -1  # the last step that this process will run whatever is asked of it
@@ -173,8 +178,9 @@ class Cluster:
         self._before: Any = None
 
     def __enter__(self) -> "Cluster":
-        if threading.current_thread() is threading.main_thread():  # after JAX, which listens to SIGTERM as well
-            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and (self._stops or self.count > 1):  # joining has let JAX catch SIGTERM
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm if self._stops else signal.SIG_DFL)
         if self.count > 1:
             self._tell("alive", f"0 {socket.gethostname()}")
             self._thread.start()
@@ -319,7 +325,7 @@ class Cluster:
         self._tell("error", sentence)
         deadline = time.monotonic() + 10 * _POLL
         while self.index == 0 and time.monotonic() < deadline:  # the store ends with process 0
-            told = {i for kind in ("seen", "done") for i in self._read()[kind]}
+            told = {i for kind in ("seen", "done", "error") for i in self._read()[kind]}
             if len(told | {0}) == self.count:
                 break
             time.sleep(_POLL / 10)

@@ -14,7 +14,7 @@ PROGRAMS = [ROOT / "train.py", ROOT / "eval.py"]
 
 # A module imports only from its own level and from those before. The longest matching prefix decides.
 LEVELS = (
-    ("config", "cli", "safetensors_io", "model_files", "pvm_init", "presets", "data.batch"),
+    ("config", "cli", "distributed", "safetensors_io", "model_files", "pvm_init", "presets", "data.batch"),
     ("sharding",),
     ("models", "data"),
     ("hf_names", "hf_weights", "orbax_io", "fingerprint", "sampling"),

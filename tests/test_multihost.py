@@ -4,6 +4,7 @@ What processes say to each other is tested with clusters in threads over a store
 loopback then train, lose one of them, and go on as one.
 """
 
+import dataclasses
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -23,7 +25,7 @@ from pvm_jax import distributed
 from pvm_jax.data.loader import Loader, Stream
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
-from pvm_jax.sharding import local_rows, make_mesh, take_rows
+from pvm_jax.sharding import MESH_AXES, local_rows, take_rows
 from pvm_jax.training.checkpoints import complete_steps
 
 
@@ -60,7 +62,7 @@ class Ended(BaseException):
 
 
 @pytest.fixture
-def ended(monkeypatch) -> list[tuple[str, str]]:
+def ended(monkeypatch) -> Iterator[list[tuple[str, str]]]:
     """Clusters over a store in memory that poll quickly; (thread, sentence) of those that ended their process."""
     store, sentences = Store(), []
 
@@ -72,7 +74,15 @@ def ended(monkeypatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(distributed, "_POLL", 0.02)
     monkeypatch.setattr(distributed, "_exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)  # Ended in a watching thread
-    return sentences
+    yield sentences
+
+    def gone() -> None:
+        raise Ended
+
+    monkeypatch.setattr(distributed, "_store", gone)  # ends the threads of clusters that were left by an exception
+    for thread in threading.enumerate():
+        if thread.name == "watch":
+            thread.join(timeout=10)
 
 
 def together(count: int, work, limit: float = 30.0) -> list:
@@ -129,6 +139,7 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
     clusters = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
     assert together(2, lambda i: clusters[i].check_shared(tmp_path / "w")) == [None, None]
     assert list((tmp_path / "w").iterdir()) == []
+    distributed._store().values.clear()  # of another run
     again = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
     results = together(2, lambda i: again[i].check_shared(tmp_path / f"of host {i}"))
     for i, error in enumerate(results):
@@ -142,10 +153,10 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
 
 
 def test_one_failure_ends_all_with_its_message(ended):
-    clusters = [Cluster(i, 3, silence_limit=5) for i in range(3)]
+    clusters = [Cluster(i, 3, silence_limit=5.0) for i in range(3)]
 
     def work(i: int) -> None:
-        with clusters[i] as cluster, cluster.guard():
+        with clusters[i]:
             if i == 1:
                 raise DistributedError("the disk of this host is full")
             time.sleep(0.3)  # in a collective
@@ -159,19 +170,29 @@ def test_one_failure_ends_all_with_its_message(ended):
     assert watchers == [f"process 1 (host {host}) failed: the disk of this host is full"] * 2
 
 
+def test_guard_tells_before_anything_is_closed(ended):
+    with pytest.raises(Ended), Cluster(0, 2).guard():
+        raise DistributedError("no")
+    assert ended == [("MainThread", "no")]
+    assert distributed._store().values["pvm_jax/watch/error/0"] == "no"
+    with pytest.raises(ZeroDivisionError), Cluster().guard():
+        raise ZeroDivisionError
+
+
 def test_silent_process_is_named_and_a_finished_one_is_not(ended):
-    clusters = [Cluster(i, 3, silence_limit=0.3) for i in range(3)]
+    clusters = [Cluster(i, 3, silence_limit=2.0) for i in range(3)]
     clusters[1]._tell("alive", "7 tpu-b")  # and never again
 
     def work(i: int) -> None:
         if i != 1:
             with clusters[i]:
-                time.sleep(0.1 if i == 2 else 1.0)
+                deadline = time.monotonic() + 20
+                while i == 0 and not ended and time.monotonic() < deadline:
+                    time.sleep(0.05)
 
     together(3, work)
     assert [sentence for _, sentence in ended] == [
-        "no sign of life from process 1 (host tpu-b) for 0.3 s; "
-        "start the run again, it goes on from its last checkpoint"
+        "no sign of life from process 1 (host tpu-b) for 2 s; start the run again, it goes on from its last checkpoint"
     ]
 
 
@@ -204,7 +225,7 @@ def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
 
 
 def test_sigterm_reaches_a_single_process():
-    with Cluster() as cluster:
+    with Cluster(stops=True) as cluster:
         assert not cluster.stop_after(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert cluster.stop_after(2)
@@ -273,8 +294,9 @@ def test_batches_are_those_of_one_process(ended, processor, count, pack):  # noq
         skipped += len(info.skipped)
         for i in range(count):
             got, got_info = parts[i][step]
-            assert got_info == info
-            assert test_loader.same(got, take_rows(batch, np.array(rows(i)(len(batch.tokens)))))
+            mine = rows(i)(len(batch.tokens))
+            assert got_info == dataclasses.replace(info, local_rows=tuple(mine))
+            assert test_loader.same(got, take_rows(batch, np.array(mine)))
     assert skipped > 0
 
 
@@ -300,11 +322,29 @@ def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F
     assert 32 <= sum(encoded) <= 64 and max(encoded) < 32
 
 
-def test_rows_of_a_process(monkeypatch):
-    assert local_rows(12, make_mesh(data=2, fsdp=2, tensor=2)).tolist() == list(range(12))
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert local_rows(12, mesh).tolist() == []
+class Device:
+    """Enough of a device for a mesh."""
+
+    platform = device_kind = "none"
+
+    def __init__(self, id: int):
+        self.id, self.process_index = id, id // 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "process", "expected"),
+    [
+        ((4, 1, 2), 0, [0, 1, 2, 3, 4, 5]),
+        ((4, 1, 2), 1, [6, 7, 8, 9, 10, 11]),
+        ((1, 1, 8), 1, list(range(12))),  # the tensor axis spans both: both have all rows
+        ((2, 1, 4), 0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_rows_of_a_process(monkeypatch, sizes, process, expected):
+    """Eight devices, of which each process has four."""
+    mesh = jax.sharding.Mesh(np.array([Device(i) for i in range(8)]).reshape(sizes), MESH_AXES)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    assert local_rows(12, mesh).tolist() == expected
 
 
 # ---- Two processes over loopback ---------------------------------------------------------------------------------
@@ -312,13 +352,13 @@ def test_rows_of_a_process(monkeypatch):
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
-    flags = ("--config.steps=600", "--config.checkpoint.every=3", "--config.mesh.data=2")
+    flags = ("--config.steps=600", "--config.checkpoint.every=3")
     return training_runs.Setting.write(tmp_path_factory.mktemp("hosts"), small_checkpoint, flags)
 
 
 def test_two_processes_train_as_one_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
-    """Two processes of two devices each; process 1 is killed; one process of four devices goes on."""
-    workdir, silence = tmp_path / "w", 6
+    """Two processes of two devices each, parameters split over all four; process 1 is killed; one process goes on."""
+    workdir, silence = tmp_path / "w", 20
     port = free_port()
     pair = []
     for i in range(2):

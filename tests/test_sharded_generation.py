@@ -53,7 +53,7 @@ def test_cache_and_memory_are_spread(models, prompts):
     state, *_ = decoding.decode(graph, params, state, limit, settings, switches=switches, mesh=mesh)
     assert_spread(state)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
-    assert all(jax.tree.leaves(same)), "a cache that moves is not updated in place"
+    assert all(jax.tree.leaves(same)), f"what moves is not updated in place: {same}"
 
 
 def assert_spread(state: decoding.State) -> None:

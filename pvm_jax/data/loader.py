@@ -68,6 +68,7 @@ class BatchInfo:
     stream: str
     epoch: int  # of the batch's first sample
     rows: tuple[tuple[int, ...], ...]  # index in the source of each sample: row by row, in order of segment id
+    local_rows: tuple[int, ...]  # which of them the batch beside this holds: all, unless several processes share it
     ids: tuple[str, ...]  # the same samples' ids, flat
     skipped: tuple[tuple[str, str], ...]  # (id, reason) of samples left out
     tokens: int  # that are not padding
@@ -191,7 +192,8 @@ class Loader:
         notes = {at: Note.of(sample.id, sample.encoded, sample.reason) for at, sample in samples.items()}
         notes = gather(share, draw.step, notes, cancelled)
         placed = self._place(draw, notes)
-        mine = [placed.rows[row] for row in share.rows(len(placed.rows))]
+        local = tuple(map(int, share.rows(len(placed.rows))))
+        mine = [placed.rows[row] for row in local]
         samples |= self._encode(draw, [at for row in mine for at in row if at not in samples])
         batch = collate(
             [[samples[at].encoded for at in row] for row in mine],
@@ -206,6 +208,7 @@ class Loader:
             stream=draw.stream.name,
             epoch=draw.epoch,
             rows=tuple(tuple(draw.indices[at] for at in row) for row in placed.rows),
+            local_rows=local,
             ids=tuple(notes[at].id for row in placed.rows for at in row),
             skipped=tuple((note.id, note.reason) for note in notes if note.reason is not None),
             tokens=sum(note.tokens for note in notes),

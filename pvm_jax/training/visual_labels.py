@@ -136,8 +136,8 @@ class LabelledLoader:
         """Joins the labels of each sample to its visual tokens."""
         auxiliary, source = self._auxiliary, self._sources[info.stream]
         labels = np.full((*batch.memory_segment_ids.shape, 3), -1, np.int32)
-        for row, samples in enumerate(info.rows):
-            for segment, index in enumerate(samples, start=1):
+        for row, number in enumerate(info.local_rows):
+            for segment, index in enumerate(info.rows[number], start=1):
                 record = source[index]
                 given = record.get("metadata", {}).get("labels")
                 where = np.flatnonzero(batch.memory_segment_ids[row] == segment)
