@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
             "optimizer": {
                 "learning_rate": 1e-4,
                 "schedule": "cosine",  # or "constant"
+                "schedule_steps": placeholder(int),  # where the cosine ends; None: at the last step
                 "warmup_ratio": 0.1,
                 "warmup_steps": placeholder(int),  # wins over the ratio
                 "floor": 0.0,  # the cosine ends at floor x learning_rate

@@ -105,6 +105,8 @@ def test_cosine_with_warmup_in_closed_form():
         np.testing.assert_allclose(schedule(step), value, atol=1e-6)
     floored = make_schedule(OptimizerConfig(2.0, floor=0.1, warmup_steps=4), 104)
     np.testing.assert_allclose([floored(4), floored(54), floored(104)], [2.0, 1.1, 0.2], rtol=1e-5)
+    cut = make_schedule(OptimizerConfig(2.0, schedule_steps=100), 40)  # a run that stops before its schedule ends
+    assert [float(cut(s)) for s in (0, 5, 30, 39)] == [float(schedule(s)) for s in (0, 5, 30, 39)]
     constant = make_schedule(OptimizerConfig(2.0, schedule="constant", warmup_ratio=0.0), 100)
     np.testing.assert_allclose([constant(0), constant(99)], [2.0, 2.0])
 

@@ -302,7 +302,9 @@ def write_weights(directory: Path, config: dict[str, Any], dtype: str, shard_byt
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             parameter.copy_(_draw(name, parameter.shape, generator))
+    generation = (directory / "generation_config.json").read_text()
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shard_bytes)
+    (directory / "generation_config.json").write_text(generation)  # the writer above knows one stop token only
     # In the layout of the published files (rope_scaling beside rope_theta), not of transformers 5.
     (directory / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2))
 

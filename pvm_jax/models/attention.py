@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 _BLOCK = 512
+# Up to so many queries per key head count as a decode step's, see `_scores`.
+_FEW_QUERIES = 16
 
 
 def attention(
@@ -39,10 +41,31 @@ def attention(
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """q [B,K,Q,H], mask [B,Q,S] -> [B,K,Q,H]."""
-    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+
+
+def _scores(q: Array, k: Array) -> Array:
+    """q [B,K,Q,H], k [B,K,S,H] -> fp32 [B,K,Q,S].
+
+    XLA:CPU reads the keys twice as fast for one query at a time as for the three or four of a decode step together;
+    the barrier keeps it from joining them again.
+    """
+
+    def together(q: Array, k: Array) -> Array:
+        return jnp.einsum("BKQH,BKSH->BKQS", q, k, preferred_element_type=jnp.float32)
+
+    def one_by_one(q: Array, k: Array) -> Array:
+        def one(i: int) -> Array:
+            return jnp.einsum("BKSH,BKH->BKS", k, q[:, :, i], preferred_element_type=jnp.float32)
+
+        return jnp.stack([jax.lax.optimization_barrier(one(i)) for i in range(q.shape[2])], axis=2)
+
+    if q.shape[2] > _FEW_QUERIES:
+        return together(q, k)
+    return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=together)
 
 
 def _attend_blocks(q: Array, k: Array, v: Array, mask: Array, blocks: int) -> Array:

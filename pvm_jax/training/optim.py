@@ -26,6 +26,7 @@ class OptimizerConfig:
 
     learning_rate: float
     schedule: str = "cosine"
+    schedule_steps: int | None = None  # where the cosine ends; None: with the run
     warmup_ratio: float = 0.1  # share of all steps; warmup_steps, where given, wins
     warmup_steps: int | None = None
     floor: float = 0.0  # the cosine ends at floor * learning_rate
@@ -50,7 +51,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: step s (from 0) of warm-up W has s / W of the peak; then cosine over steps - W.
 
     With 100 steps and warm-up 10: step 0 -> 0, 5 -> half the peak, 10 -> the peak, 55 -> half, 99 -> 0.03 %.
+
+    Args:
+      steps: of the run; `config.schedule_steps`, where given, wins.
     """
+    steps = config.schedule_steps or steps
     warmup = config.warmup_steps
     if warmup is None:
         warmup = math.ceil(config.warmup_ratio * steps)
