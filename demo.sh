@@ -15,16 +15,20 @@ mkdir -p "$RUNS"
 step "data: mosaics of real handwritten digits, as a TFDS data set"
 $PYTHON -m pvm_jax.data.prepare_digits runs/data
 
-step "convert: the Hugging Face checkpoint gains PVM in layers 1 and 3, or the control"
-pvm=(--pvm_layers=1,3 --pvm_hidden_size=64 --pvm_init=fan_in)
+step "convert: the Hugging Face checkpoint gains PVM in layers 0, 2 and 3, or the control"
+pvm=(--pvm_layers=0,2,3 --pvm_hidden_size=64 --pvm_init=fan_in)
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/pvm-start" "${pvm[@]}"
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/slots-start" "${pvm[@]}" --pvm_slots=36
 
-for kind in pvm slots; do
-  step "train: SFT of $kind on answers of at most 256 tokens"
-  argument=$([ $kind = slots ] && echo ":slots" || true)
-  $PYTHON train.py --config="configs/digits_sft.py$argument" --config.model.path="$RUNS/$kind-start" --workdir="$RUNS/$kind"
-done
+train() {
+  $PYTHON train.py --config="configs/digits_sft.py$2" --config.model.path="$RUNS/$1-start" --workdir="$RUNS/$1"
+}
+step "train: SFT of PVM on answers of at most 256 tokens, and beside it of slots (progress in $RUNS/slots.log)"
+train slots :slots >"$RUNS/slots.log" 2>&1 &
+control=$!
+trap 'kill $control 2>/dev/null || true' EXIT
+train pvm ""
+wait $control || { tail -n 20 "$RUNS/slots.log" >&2; exit 1; }
 
 step "evaluate: reads by position in the answer, held-out digits"
 for kind in base pvm slots; do

@@ -1,7 +1,7 @@
 """The tiny base model of the digits experiment, from scratch: the checkpoint in assets/digits_base.
 
 Launch, from the repository's root (`make base`):
-    python -m pvm_jax.data.prepare_digits runs/data --configs=base,long
+    python -m pvm_jax.data.prepare_digits runs/data --configs=base
     python train.py --config=configs/digits_base.py --workdir=runs/digits-base
     python train.py --config=configs/digits_base.py:long --workdir=runs/digits-base-long
     python -m pvm_jax.convert to_hf runs/digits-base-long runs/digits-base-hf
@@ -13,15 +13,15 @@ Recipe: a model that reads mosaics well in short answers and writes long answers
 beyond the trained length is reading. Kinds of batches:
     easy     steps 0-600: 40 % of the mosaics are blocks of equal digits
     short    from step 600, and in the second run: answers of at most 64 tokens
-    chains   from step 1,000, in turn with `short`, and in the second run: answers of up to 505 tokens over a blank
-             mosaic, without loss on the digits
+    chains   in turn with `short` in the second run: answers of up to 505 tokens over a blank mosaic, without loss on
+             the digits
 The first run has an auxiliary loss on the visual tokens (pvm_jax/training/visual_labels.py), without which digits
-stay at chance. The patch embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move
-together.
+stay at chance. It learns to read by step 550, where answers end between steps 1,250 and 1,450, and stops at 1,500
+of a cosine for 2,600. The patch embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each,
+and move together.
 
-What it does not learn is where an answer ends, so that exact match stays low at every length. A model that is first
-trained on the ends of text-only answers learns them in 250 steps, but then did not learn to read; both orders were
-tried, the one kept is the one that reads.
+Wall time       about 11 and 4.5 minutes on two CPU cores
+Result          exact match 0.977 at 7-64 tokens; reads 0.997 there, 0.24 from token 392 on (held-out digits)
 
 Arguments, separated by commas: `long`, the second run; `smoke`, the same configuration in a few steps.
 """
@@ -31,7 +31,6 @@ from ml_collections import ConfigDict
 import configs.common as common
 
 ARGUMENTS = ("long", "smoke")
-LONG = "runs/data/digits/long/1.0.0"
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -44,7 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     data.loss_normalization = "token"
     data.pack = False
     data.threads = 2
-    data.samples = 16
+    data.samples = 32
     data.length = (128,)
     data.patches = (144,)
     optimizer = config.optimizer
@@ -65,7 +64,7 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def see(config: ConfigDict) -> None:
     """The first run."""
-    config.steps = 2000
+    config.steps = 1500
     config.model.path = "assets/digits_base"
     config.model.init = "random"
     config.model.random_init = "fan_in"
@@ -76,30 +75,29 @@ def see(config: ConfigDict) -> None:
         "side": 6,
         "weight": 0.5,
         "late_weight": 0.1,
-        "late_step": 1400,
+        "late_step": 1800,
         "place_weight": 0.3,
     }
     config.optimizer.learning_rate = 3e-3
+    config.optimizer.schedule_steps = 2600
     config.optimizer.warmup_steps = 100
     config.data.path = "runs/data/digits/base/1.0.0"
     config.data.streams = {
         "easy": {"split": "easy", "stop": 600},
         "short": {"split": "short", "start": 600},
-        "chains": {"split": "chains", "start": 1000, "samples": 4, "length": (576,)},
     }
 
 
 def write_long(config: ConfigDict) -> None:
     """The second run."""
-    config.steps = 1500
+    config.steps = 600
     config.model.path = "runs/digits-base"
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 50
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.warmup_steps = 40
     config.data.path = "runs/data/digits/base/1.0.0"
     config.data.streams = {
+        "chains": {"split": "chains", "samples": 6, "length": (576,)},
         "short": {"split": "short"},
-        "chains_256": {"path": LONG, "split": "chains_256", "samples": 8, "length": (320,)},
-        "chains_505": {"path": LONG, "split": "chains_505", "samples": 4, "length": (576,)},
     }
 
 

@@ -1,8 +1,8 @@
 """TFDS builder of the digit mosaics (`digits_task.py`); needs neither TensorFlow nor a download.
 
 `prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/1.0.0`, to be read by
-`tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64, 128 and 256
-tokens; test answers by length, the longest 490-505), `base` and `long` what the tiny base model is trained on.
+`tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64 and 256
+tokens; test answers by length, the longest 490-505), `base` what the tiny base model is trained on.
 Features of a row:
 
     image      192x192 PNG
@@ -26,22 +26,18 @@ from pvm_jax.data.digits_task import Spec, make_example
 
 SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
     "demo": {
-        "sft_64": (2400, Spec("train", 64, verbose=0.0)),
-        "sft_128": (1600, Spec("train", 128)),
-        "sft_256": (1200, Spec("train", 256, verbose=0.75)),
+        "sft_easy": (1600, Spec("train", 64, verbose=0.3, blocks=1.0)),
+        "sft_64": (2400, Spec("train", 64, verbose=0.3)),
+        "sft_256": (1600, Spec("train", 256, verbose=0.75)),
         "test_64": (128, Spec("test", 64)),
         "test_128": (96, Spec("test", 128, 66, verbose=0.5)),
         "test_256": (96, Spec("test", 256, 140, verbose=1.0)),
         "test_505": (96, Spec("test", 505, 490, verbose=1.0)),
     },
     "base": {
-        "easy": (4800, Spec("train", 64, blocks=0.4)),
-        "short": (8000, Spec("train", 64)),
-        "chains": (1200, Spec("train", 505, verbose=0.75, blank=True)),
-    },
-    "long": {
-        "chains_256": (3200, Spec("train", 256, verbose=0.75, blank=True)),
-        "chains_505": (1600, Spec("train", 505, 260, verbose=1.0, blank=True)),
+        "easy": (9600, Spec("train", 64, blocks=0.4)),
+        "short": (24000, Spec("train", 64)),
+        "chains": (4000, Spec("train", 505, verbose=0.75, blank=True)),
     },
 }
 
