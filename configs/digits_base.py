@@ -75,7 +75,7 @@ def see(config: ConfigDict) -> None:
         "side": 6,
         "weight": 0.5,
         "late_weight": 0.1,
-        "late_step": 1800,
+        "late_step": 1800,  # behind the last step: the weight stays
         "place_weight": 0.3,
     }
     config.optimizer.learning_rate = 3e-3

@@ -13,17 +13,16 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from absl import flags
+import training_runs
+from training_runs import SPEEDS, without_speeds
 
 from pvm_jax import cli
 from pvm_jax.checkpoint import load_params, open_checkpoint
-from pvm_jax.sharding import make_mesh
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
 from pvm_jax.training.report import NonFiniteLoss
 from pvm_jax.training.stage import TrainingError
 
 ROOT = Path(__file__).parents[1]
-SPEEDS = ("tokens_per_second", "samples_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +68,18 @@ def train():
 @pytest.fixture
 def run(train, common, monkeypatch):
     """`run(workdir, *flags, devices=1)`: trains in this process."""
-    monkeypatch.chdir(ROOT)
 
     def call(workdir: Path, *arguments: str, devices: int = 1) -> None:
         config = [argument for argument in arguments if argument.startswith("--config=")] or common[:1]
         rest = [argument for argument in arguments if argument not in config]
-        argv = ["train.py", *config, *common[1:], f"--workdir={workdir}", *rest]
-        monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(train, "make_mesh", lambda **axes: make_mesh(**axes, devices=jax.devices()[:devices]))
-        flags.FLAGS.unparse_flags()
-        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
-            delattr(flags.FLAGS, name)  # overrides are defined as they are parsed
-        cli.parse(argv)
-        train.main(argv)
+        setting = training_runs.Setting(ROOT, (*config, *common[1:]))
+        training_runs.run(monkeypatch, setting, workdir, *rest, devices=devices)
 
     return call
 
 
 def losses(workdir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(workdir)}
-
-
-def without_speeds(workdir: Path) -> list[dict[str, float]]:
-    return [{k: v for k, v in line.items() if k not in SPEEDS} for line in read_metrics(workdir)]
 
 
 @pytest.fixture(scope="module")
