@@ -1,8 +1,10 @@
-"""The kernels of TPU and CUDA against the reference: values and gradients, on any machine.
+"""Kernels of TPU and CUDA, and blocks of queries, against the reference: values and gradients, on any machine.
 
 Splash attention runs in Pallas's interpreter. cuDNN cannot run here: its blocks and masks are computed with XLA's
 product in its place, and the program with cuDNN in it is lowered for CUDA.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.sharding import AbstractMesh
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.packing import collate
 from pvm_jax.data.processor import Processor
+from pvm_jax.models import attention as attention_module
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.attention import attention, packed_causal_mask
 from pvm_jax.models.attention_kernels import Kernels, Rule, attend, choose, memory_rule, packed_causal_rule, retrieve
@@ -174,3 +177,28 @@ def test_lowering_for_accelerators_has_no_square_matrix(monkeypatch, kind, platf
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert target in text
     assert f"{length}x{length}x" not in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("kind", ["mask", "ids"])
+def test_reference_in_blocks_of_queries(kind, platform, monkeypatch):
+    """640 queries of two heads per key head, in five blocks, are the same as at once; ids are a mask."""
+    choose = lambda *args, **branches: branches[platform](*args)  # noqa: E731
+    ids = jnp.repeat(jnp.array([[1, 2, 3], [1, 1, 0]]), jnp.array([250, 330, 60]), axis=1, total_repeat_length=640)
+    dense = ids[:, :, None] == ids[:, None, :]
+    mask = dense if kind == "mask" else attention_module.SameId(ids, ids)
+    inputs = arrays((2, 640, 4, 16), (2, 2, 640, 16), (2, 2, 640, 16))
+    want = value_and_gradients(lambda *x: attention(*x, dense), *inputs)
+    monkeypatch.setattr(attention_module, "_LONG", 512)
+    monkeypatch.setattr(attention_module.jax.lax, "platform_dependent", choose)
+    agree(value_and_gradients(lambda *x: attention(*x, mask), *inputs), want)
+
+
+def test_ids_are_never_a_whole_mask():
+    ids = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    x = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
+    kv = jax.ShapeDtypeStruct((1, 2, 4096, 16), jnp.float32)
+    whole = re.compile(r"\[[\d,]*4096,4096\]")
+    by_ids = jax.make_jaxpr(lambda q, k, v, i: attention(q, k, v, attention_module.SameId(i, i)))(x, kv, kv, ids)
+    by_mask = jax.make_jaxpr(lambda q, k, v, i: attention(q, k, v, i[:, :, None] == i[:, None]))(x, kv, kv, ids)
+    assert whole.search(str(by_mask)) and not whole.search(str(by_ids))

@@ -208,6 +208,7 @@ def two_images(processor):
 @pytest.mark.parametrize("index", range(4))
 def test_each_vision_block(sides, vision_records, two_images, index):
     from pvm_jax.models import rope
+    from pvm_jax.models.attention import SameId
     from pvm_jax.models.stack import group_layers
 
     tower = sides("stock").model.visual
@@ -217,7 +218,7 @@ def test_each_vision_block(sides, vision_records, two_images, index):
     cos, sin = rope.rope_2d(two_images.patch_coords, tower.config.head_dim)
     ids = two_images.patch_segment_ids
     given, expected = vision_records[0][index]
-    got = block(jnp.asarray(given)[None], cos, sin, ids[:, :, None] == ids[:, None, :])[0]
+    got = block(jnp.asarray(given)[None], cos, sin, SameId(ids, ids))[0]
     np.testing.assert_allclose(got, expected, atol=MODULE, rtol=MODULE)
 
 

@@ -8,18 +8,29 @@ import math
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-_BLOCK = 512
+# More queries than `_LONG` are worked off in blocks of the first of these that divides their number.
+_LONG = 1024
+_BLOCKS = (512, 384, 256, 128)
 # Up to so many queries per key head count as a decode step's, see `_scores`.
 _FEW_QUERIES = 16
+
+
+@struct.dataclass
+class SameId:
+    """The mask query_ids[t] == key_ids[s], made block by block: it never exists as a whole."""
+
+    query_ids: Array  # integers [B,T]; a row alone within loops
+    key_ids: Array  # [B,S]
 
 
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B #T S"],
+    mask: Bool[Array, "#B #T S"] | SameId,
 ) -> Float[Array, "B T N H"]:
     """Grouped-query attention, scores and softmax in fp32, result in q's dtype.
 
@@ -30,21 +41,28 @@ def attention(
     groups = heads // k.shape[1]
     # [B,T,K,G,H] -> [B,K,T*G,H]: one plain matrix product per key head.
     q = q.reshape(batch, length, -1, groups, dim).swapaxes(1, 2).reshape(batch, k.shape[1], length * groups, dim)
-    mask = jnp.broadcast_to(mask, (batch, length, mask.shape[2]))
-    mask = jnp.repeat(mask, groups, axis=1)
-    if length <= 2 * _BLOCK or length % _BLOCK:
+    if isinstance(mask, SameId):
+        mask = mask.replace(query_ids=jnp.repeat(mask.query_ids, groups, axis=1))
+    else:
+        mask = jnp.repeat(jnp.broadcast_to(mask, (batch, length, mask.shape[2])), groups, axis=1)
+    block = next((b for b in _BLOCKS if length % b == 0), length)
+    if length <= _LONG or block == length:
         out = _attend(q, k, v, mask)
     else:
-        out = _attend_blocks(q, k, v, mask, length // _BLOCK)
+        out = _attend_blocks(q, k, v, mask, length // block)
     return out.reshape(batch, -1, length, groups, dim).swapaxes(1, 2).reshape(batch, length, heads, dim)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def _attend(q: Array, k: Array, v: Array, mask: Array | SameId) -> Array:
     """q [B,K,Q,H], mask [B,Q,S] -> [B,K,Q,H]."""
+    if isinstance(mask, SameId):
+        mask = mask.query_ids[:, :, None] == mask.key_ids[:, None, :]
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKQS,BKSH->BKQH", weights, v)
+    # Divided behind the product with v: H columns instead of S.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 
 
 def _scores(q: Array, k: Array) -> Array:
@@ -68,16 +86,34 @@ def _scores(q: Array, k: Array) -> Array:
     return jax.lax.platform_dependent(q, k, cpu=one_by_one, default=together)
 
 
-def _attend_blocks(q: Array, k: Array, v: Array, mask: Array, blocks: int) -> Array:
-    """The same in blocks of queries, one after the other, each recomputed in the backward pass."""
+def _attend_blocks(q: Array, k: Array, v: Array, mask: Array | SameId, blocks: int) -> Array:
+    """The same in blocks of queries, one after the other, each recomputed in the backward pass.
+
+    A CPU takes the heads one after the other, too: the scores of one block of one head stay in its cache.
+    """
+    one_block = jax.checkpoint(_attend)
 
     def split(x: Array, axis: int) -> Array:
         x = x.reshape(*x.shape[:axis], blocks, -1, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    one = jax.checkpoint(lambda block: _attend(block[0], k, v, block[1]))
-    out = jax.lax.map(one, (split(q, 2), split(mask, 1)))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    def together(q: Array, k: Array, v: Array, mask: Array | SameId) -> Array:
+        def one(block: tuple[Array, Array]) -> Array:
+            rows = mask.replace(query_ids=block[1]) if isinstance(mask, SameId) else block[1]
+            return one_block(block[0], k, v, rows)
+
+        rows = mask.query_ids if isinstance(mask, SameId) else mask
+        return jnp.moveaxis(jax.lax.map(one, (split(q, 2), split(rows, 1))), 0, 2).reshape(q.shape)
+
+    def head_by_head(q: Array, k: Array, v: Array, mask: Array | SameId) -> Array:
+        def row(args: tuple) -> Array:
+            *heads, mask = args
+            mask = jax.tree.map(lambda x: x[None], mask)
+            return jax.lax.map(lambda head: together(*(x[None, None] for x in head), mask)[0, 0], tuple(heads))
+
+        return jax.lax.map(row, (q, k, v, mask))
+
+    return jax.lax.platform_dependent(q, k, v, mask, cpu=head_by_head, default=together)
 
 
 def packed_causal_mask(

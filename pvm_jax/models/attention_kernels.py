@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pvm_jax.models.attention import attention
+from pvm_jax.models.attention import SameId, attention
 
 KINDS = ("auto", "xla", "splash", "cudnn")
 MULTIPLE = 128
@@ -154,7 +154,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "#B #T S"] | Rule,
+    mask: Bool[Array, "#B #T S"] | SameId | Rule,
 ) -> Float[Array, "B T N H"]:
     """`attention.attention`, by the kernel of a rule. A query that sees nothing gets some finite mean of v."""
     if not isinstance(mask, Rule):

@@ -8,11 +8,12 @@ each other: their segment ids differ. Source: transformers, modeling_qwen3_vl.py
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pvm_jax.config import VisionConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import rope
+from pvm_jax.models.attention import SameId
 from pvm_jax.models.attention_kernels import Kernels, Rule, attend
 from pvm_jax.models.layers import LayerNorm, Make, einsum
 from pvm_jax.models.stack import group_name, scan_layers
@@ -50,7 +51,7 @@ class VisionAttention(nnx.Module):
         self.proj = make.weight((width,), (heads, dim), ("vision_embed", "heads", "head_dim"))
         self.proj_bias = make.zeros((width,), ("vision_embed",))
 
-    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Bool[Array, "B P P"] | Rule) -> Array:
+    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: SameId | Rule) -> Array:
         qkv = einsum("BPE,ANHE->ABPNH", x, self.qkv) + self.qkv_bias[...].astype(x.dtype)[:, None, None]
         q, k = (rope.rotate(qkv[i].astype(jnp.float32), cos, sin).astype(x.dtype) for i in range(2))
         out = attend(q, k.swapaxes(1, 2), qkv[2].swapaxes(1, 2), mask)
@@ -81,7 +82,7 @@ class VisionBlock(nnx.Module):
         self.attn = VisionAttention(make, config)
         self.mlp = Mlp(make, width, config.intermediate_size, width, axes, tanh=True)
 
-    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: Array | Rule) -> Float[Array, "B P E"]:
+    def __call__(self, x: Float[Array, "B P E"], cos: Array, sin: Array, mask: SameId | Rule) -> Float[Array, "B P E"]:
         x = x + self.attn(self.norm1(x), cos, sin, mask)
         return x + self.mlp(self.norm2(x))
 
@@ -133,7 +134,7 @@ class VisionTower(nnx.Module):
         if kernels and kernels.fit(*ids.shape):
             mask = Rule(ids, ids, False, kernels)
         else:
-            mask = ids[:, :, None] == ids[:, None, :]
+            mask = SameId(ids, ids)
 
         deepstack = []
         for last, blocks in zip(self.last_block, self.blocks.values()):
