@@ -47,7 +47,7 @@ distributed.define_flags()
 
 def main(argv: list[str]) -> int:
     config = flags.FLAGS.config
-    with distributed.join(**distributed.flag_values(detect=config.distributed), stops=True) as cluster:
+    with distributed.join(**distributed.flag_values(), stops=True) as cluster:
         return train(config, Path(flags.FLAGS.workdir), cluster)
 
 

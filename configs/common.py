@@ -74,6 +74,5 @@ def get_config() -> ConfigDict:
             "evals": {},  # {name: {"module": ..., "every": steps, options}}; the module has make_evaluator
             "log_every": 10,
             "compilation_cache": placeholder(str),  # directory of compiled programs, shared by runs
-            "distributed": False,  # jax.distributed.initialize() before anything else
         }
     )

@@ -6,7 +6,7 @@ then on one machine with eight GPUs
     python train.py --config=configs/sft.py:8b --workdir=runs/sft-8b --config.micro_batches=4 \\
         --config.model.path=qwen3-vl-8b-pvm --config.data.path=train.jsonl --config.data.image_folder=images
 or on every host of a TPU slice, here v5e:16x16 (docs/pods.md has Cloud TPU VMs, GKE and SLURM)
-    python train.py --config=configs/sft.py:8b --workdir=/mnt/shared/runs/sft-8b --config.distributed=True \\
+    python train.py --config=configs/sft.py:8b --workdir=/mnt/shared/runs/sft-8b --distributed \\
         --config.mesh.fsdp=64 --config.mesh.tensor=4 --config.model.path=... --config.data.path=...
 
 Your own data: one JSON object a line, {"messages": [...], "images": [...]} or prompt and completion

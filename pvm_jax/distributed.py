@@ -70,11 +70,11 @@ def define_flags() -> None:
     flags.DEFINE_float("silence_limit", SILENCE_LIMIT, "Seconds without a sign of life: then a process counts as lost.")
 
 
-def flag_values(detect: bool = False) -> dict[str, Any]:
-    """The arguments of `join` that the flags of `define_flags` give; `detect` as if --distributed were given."""
+def flag_values() -> dict[str, Any]:
+    """The arguments of `join` that the flags of `define_flags` give."""
     names = ("coordinator", "num_processes", "process_id", "start_limit", "silence_limit")
     values = {name: flags.FLAGS[name].value for name in names}
-    return values | {"detect": detect or flags.FLAGS["distributed"].value}
+    return values | {"detect": flags.FLAGS["distributed"].value}
 
 
 def join(

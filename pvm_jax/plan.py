@@ -39,6 +39,7 @@ class Plan:
       peak, arguments: bytes of one device; 0 where the compiler refused.
       collectives: bytes by kind.
       cycles: the compiler's estimate, 0 where it gives none.
+      flops: of the matrix products outside of kernels, on one device.
       refusal: the compiler's sentence, or "".
     """
 
@@ -48,6 +49,7 @@ class Plan:
     arguments: int
     collectives: Mapping[str, float]
     cycles: float
+    flops: float
     seconds: float
     refusal: str = ""
 
@@ -60,9 +62,6 @@ class Plan:
         """What `python -m pvm_jax.plan` prints."""
         step, shape, mesh = self.step, self.step.shape, self.step.recipe.mesh
         least = estimate.unavoidable(step)
-        tokens = shape.rows * shape.length
-        total = estimate.flops(step)
-        kernels = "attention in kernels" if step.recipe.config["model"]["attention"] != "xla" else "XLA attention"
         slices = f", {self.topology.slices} slices" if self.topology.slices > 1 else ""
         micro = f", {shape.micro_batches} micro-batches" if shape.micro_batches > 1 else ""
         rows = [
@@ -80,9 +79,7 @@ class Plan:
             ]
         rows.append(("unavoidable", _gib(least.total)))
         rows += [(f"  {name.replace('_', ' ')}", _gib(size)) for name, size in dataclasses.asdict(least).items()]
-        rows.append(
-            ("flops", f"{total / tokens:.3g} a token, {total / self.topology.size:.3g} a device and step ({kernels})")
-        )
+        rows += self._flops()
         rows += [(name, f"{_gib(size)} a device and step") for name, size in sorted(self.collectives.items())]
         if self.cycles and self.topology.clock:
             seconds = self.cycles / (self.topology.clock * 1e9)
@@ -90,6 +87,17 @@ class Plan:
         rows.append(("compiled in", f"{self.seconds:.0f} s"))
         width = max(len(name) for name, _ in rows) + 2
         return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
+
+    def _flops(self) -> list[tuple[str, str]]:
+        step, devices = self.step, self.topology.size
+        tokens, total = step.shape.rows * step.shape.length, estimate.flops(step)
+        rows = [("flops", f"{total / tokens:.3g} a token, {total / devices:.3g} a device and step, counted by hand")]
+        if self.topology.platform == "tpu" and not self.refusal:  # CUDA's products are calls of libraries
+            xla = step.recipe.config["model"]["attention"] == "xla"
+            share = self.flops * devices / estimate.flops(step, attention=xla)
+            what = "" if xla else " outside of kernels"
+            rows.append(("  compiled", f"{self.flops:.3g} a device and step{what}, {share:.3f} of the count by hand"))
+        return rows
 
 
 def recipe(config: Mapping[str, Any], where: Topology) -> Recipe:
@@ -111,7 +119,7 @@ def compile_for(step: TrainStep, where: Topology) -> tuple[Plan, str]:
             r"Ran out of memory.*?\(?[\d.]+[KMGT]\)?.*?exceed\w* .*?[\d.]+[KMGT]?\)?\.?(?= |$)", message
         )
         refusal = sentence[0] if sentence else message[:300]
-        return Plan(where, step, 0, 0, {}, 0.0, time.monotonic() - begun, refusal), ""
+        return Plan(where, step, 0, 0, {}, 0.0, 0.0, time.monotonic() - begun, refusal), ""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(text)
     plan = Plan(
@@ -121,6 +129,7 @@ def compile_for(step: TrainStep, where: Topology) -> tuple[Plan, str]:
         memory.argument_size_in_bytes,
         program.collectives(),
         program.cycles(),
+        program.flops(),
         time.monotonic() - begun,
     )
     return plan, text

@@ -247,6 +247,17 @@ def test_flags_that_do_not_fit(arguments, sentence):
         distributed.join(*arguments)
 
 
+def test_distributed_asks_the_environment(monkeypatch, tmp_path):
+    def nobody(**arguments):
+        assert "coordinator_address" not in arguments
+        raise ValueError("no cluster here")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    setting = training_runs.Setting(tmp_path, ("--config=configs/sft.py:4b,smoke",))
+    with pytest.raises(DistributedError, match=r"^cannot join the coordinator that the environment names \(no cluster"):
+        training_runs.run(monkeypatch, setting, tmp_path / "w", "--distributed")
+
+
 def test_coordinator_that_does_not_answer():
     port = free_port()
     script = f"from pvm_jax import distributed; distributed.join('127.0.0.1:{port}', 2, 1, start_limit=2)"

@@ -167,6 +167,15 @@ def test_layers_on_their_own_equal_scanned_groups(sides, rows):
     assert max(row_errors(side, rows, model).values()) < LOGITS
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_more_than_ten_layers(checkpoints, processor, scan):
+    """Keys of layers sort as text: 11 would run before 2."""
+    directory, sample = checkpoints.deep(), tiny.conversations()["two_images"]
+    expected = oracle.logits(pvm_reference.load(directory), oracle.inputs(directory, sample))
+    got = logits(load_model(directory, dtype="float32", scan=scan), processor([sample]))[0, : len(expected)]
+    assert np.abs(got - expected).max() < LOGITS
+
+
 def test_one_call_equals_two(sides, rows):
     """`model(batch)` encodes the images itself."""
     side = sides("stock")

@@ -164,8 +164,24 @@ def test_flops_are_the_compilers(layers, pvm, blocks):
     config["model"] |= {"attention": "xla"}
     recipe = Recipe(config, shrunk(model_config(config), layers, pvm, blocks), make_mesh(1, 4, 2), "cpu")
     (step,) = programs(recipe)
-    counted = step.trace().lower().compile().cost_analysis()["flops"] * 8
+    compiled = step.trace().lower().compile()
+    counted, read = compiled.cost_analysis()["flops"] * 8, Program(compiled.as_text()).flops() * 8
     assert counted == pytest.approx(estimate.flops(step), rel=0.05)
+    assert read == pytest.approx(counted, rel=0.02), "the compiler counts element-wise operations, too"
+
+
+def test_the_head_is_gathered_once_and_not_in_every_chunk():
+    config = resolved("2b", rows=8, length=512, patches=512)
+    config["model"] |= {"attention": "xla"}
+
+    def gathered(chunk: int) -> float:
+        config["stage"]["chunk"] = chunk
+        recipe = Recipe(config, shrunk(model_config(config), 1, 0, 1), make_mesh(1, 8, 1), "cpu")
+        (step,) = programs(recipe)
+        moved = Program(step.trace().lower().compile().as_text()).collectives()
+        return moved["all-gather"] + moved.get("all-to-all", 0)
+
+    assert gathered(256) == gathered(512)
 
 
 # ------------------------------------------------------------------------------------------- compiled text
@@ -193,6 +209,47 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   ROOT %out = f32[8,128] get-tuple-element(%w), index=1
 }
 """
+
+
+# As compilers for TPU write it: no number of trips, and products as convolutions, some of them in padding.
+TPU_HLO = """\
+HloModule jit_update, is_scheduled=true
+
+%product (p0: bf16[1,64,16], p1: bf16[3,16,32]) -> bf16[3,64,32] {
+  %p0 = bf16[1,64,16]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = bf16[3,16,32]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %c = bf16[3,64,32]{2,1,0} convolution(%p0, %p1), window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=0bf_0io->0bf
+}
+
+%below (q: (u32[], bf16[3,64,32])) -> pred[] {
+  %q = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %limit = u32[]{:T(128)} constant(7)
+  %i = u32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body (p: (u32[], bf16[3,64,32])) -> (u32[], bf16[3,64,32]) {
+  %p = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=0
+  %next = u32[]{:T(128)} add(%j, %two)
+  %f = bf16[3,64,32]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"9"}
+  ROOT %t = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) tuple(%next, %f)
+}
+
+ENTRY %main (a: bf16[64,16], b: bf16[16,32]) -> bf16[64,32] {
+  %b = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(1)
+  %a = bf16[64,16]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) while(%t0), condition=%below, body=%body
+  ROOT %out = bf16[64,32]{1,0:T(8,128)(2,1)} convolution(%a, %b), dim_labels=bf_io->bf
+}
+"""
+
+
+def test_loops_and_products_as_tpu_compilers_write_them():
+    program = Program(TPU_HLO)
+    assert program.cycles() == 4 * 9, "0, 2, 4, 6 are below 7"
+    assert program.flops() == (4 * 3 + 1) * 2 * 64 * 16 * 32
 
 
 def test_loops_count_once_a_trip():

@@ -183,6 +183,14 @@ def small_config() -> dict[str, Any]:
     return config
 
 
+def deep_config() -> dict[str, Any]:
+    """Twelve text layers and twelve vision blocks: numbers that sort otherwise as text."""
+    config = hf_config(pvm_layers=(2, 11), memory_mask="causal")
+    config["text_config"]["num_hidden_layers"] = 12
+    config["vision_config"] |= {"depth": 12, "deepstack_visual_indexes": [2, 10]}
+    return config
+
+
 @dataclasses.dataclass
 class Checkpoints:
     """Writes each variant once, to a temporary folder that is renamed: safe with several workers."""
@@ -207,11 +215,17 @@ class Checkpoints:
         return self._once(name, write)
 
     def small(self) -> Path:
+        return self._of("small", small_config())
+
+    def deep(self) -> Path:
+        return self._of("deep", deep_config())
+
+    def _of(self, name: str, config: dict[str, Any]) -> Path:
         def write(directory: Path) -> None:
             write_processor_files(directory)
-            write_weights(directory, small_config(), "float32", 10**9)
+            write_weights(directory, config, "float32", 10**9)
 
-        return self._once("small", write)
+        return self._once(name, write)
 
     def processor_files(self) -> Path:
         def write(directory: Path) -> None:

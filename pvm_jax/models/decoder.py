@@ -16,7 +16,7 @@ from pvm_jax.models.attention_kernels import MemoryRule, Rule, attend
 from pvm_jax.models.cache import KeyValue, LayerCache
 from pvm_jax.models.layers import Make, SwiGLU, einsum, rms_norm
 from pvm_jax.models.pvm import ProjectedMemory, PVMBlock
-from pvm_jax.models.stack import group_layers, group_name, scan_layers, unstack
+from pvm_jax.models.stack import group_layers, group_name, in_order, scan_layers, unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Decoder(nnx.Module):
         """Keys and values of the visual tokens for every PVM layer, by group name."""
         return {
             name: unstack(layer).pvm_block.project(tokens)
-            for name, layer in self.layers.items()
+            for name, layer in in_order(self.layers)
             if hasattr(layer, "pvm_block")
         }
 
@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
         """
         new_cache = {}
         taps = 0 if deepstack is None else deepstack.shape[0]
-        for name, stacked in self.layers.items():
+        for name, stacked in in_order(self.layers):
             layers = group_layers(name)
             features = deepstack[layers.start : layers.stop] if layers.start < taps else None
             pair = None if cache is None else cache[name]

@@ -4,13 +4,16 @@ The model maps a `Batch` to hidden states; logits are a separate call, so that l
 or the last. Nothing about a request is kept on the module: cache and visual memory go in and out as values.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-import pvm_jax.sharding  # noqa: F401  makes Batch a pytree
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import cache as kv
@@ -21,6 +24,7 @@ from pvm_jax.models.decoder import Context, Decoder, take_visual
 from pvm_jax.models.layers import Make
 from pvm_jax.models.pvm import ProjectedMemory, memory_mask
 from pvm_jax.models.vision import VisionTower, VisualTokens
+from pvm_jax.sharding import BATCH_AXES, RULES, AnyMesh
 
 
 class Qwen3VL(nnx.Module):
@@ -35,6 +39,7 @@ class Qwen3VL(nnx.Module):
       remat: recompute each layer in the backward pass instead of keeping its intermediates.
       init: initializer of the matrices, see `layers.Make`.
       attention: kernels for passes without a cache; None: the XLA reference.
+      mesh: where the parameters lie; None where the compiler may choose what to gather when.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class Qwen3VL(nnx.Module):
         remat: bool = False,
         init: str = "normal",
         attention: Kernels | None = None,
+        mesh: AnyMesh | None = None,
     ):
         make = Make(rngs, jnp.dtype(param_dtype), init=init)
         self.visual = VisionTower(make, config.vision, remat=remat)
@@ -58,6 +64,7 @@ class Qwen3VL(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.scan = scan
         self.attention = attention
+        self.mesh = mesh
 
     def __call__(
         self, batch: Batch, *, memory: Float[Array, "B M D"] | None = None, visual: VisualTokens | None = None
@@ -83,9 +90,33 @@ class Qwen3VL(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding, fp32."""
-        weight = self.text.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        weight = weight[...].astype(hidden.dtype)
-        return jnp.einsum("VD,...D->...V", weight, hidden, preferred_element_type=jnp.float32)
+        return _unembed(self._unembedding.astype(hidden.dtype), hidden)
+
+    def logits_in_loop(self) -> Callable[[Float[Array, "B ... D"]], Float[Array, "B ... V"]]:
+        """`logits`, for calls in a loop over columns.
+
+        On a mesh the matrix is gathered over `fsdp` here; left alone, the compiler gathers it in every call, or has
+        each device compute a part of all devices' rows.
+        """
+        weight = self._unembedding.astype(self.dtype)
+        if self.mesh is None:
+            return functools.partial(_unembed, weight)
+        vocab = RULES["vocab"]
+        whole = self._put(weight, vocab)
+
+        def logits(hidden: Array) -> Array:
+            columns = (None,) * (hidden.ndim - 2)
+            z = _unembed(self._put(whole, vocab), self._put(hidden, BATCH_AXES))
+            return self._put(z, BATCH_AXES, *columns, vocab)
+
+        return logits
+
+    def _put(self, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+    @property
+    def _unembedding(self) -> Float[Array, "V D"]:
+        return (self.text.embed_tokens if self.config.tie_word_embeddings else self.lm_head)[...]
 
     def init_cache(self, batch_size: int, capacity: int, memory_capacity: int) -> kv.KVCache:
         """An empty cache for `capacity` tokens, `memory_capacity` of them visual."""
@@ -198,3 +229,7 @@ class Qwen3VL(nnx.Module):
             name: tuple(jax.lax.dynamic_update_slice(old, y, (0, 0, at, 0)) for old, y in zip(cache.memory[name], pair))
             for name, pair in new.items()
         }
+
+
+def _unembed(weight: Float[Array, "V D"], hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    return jnp.einsum("VD,...D->...V", weight, hidden, preferred_element_type=jnp.float32)

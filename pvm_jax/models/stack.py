@@ -1,6 +1,6 @@
 """Layers stored in stacked groups: one module whose parameters have a leading axis of L layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,6 +18,11 @@ def group_layers(name: str) -> range:
     """The layers of a group, from its key: the inverse of `group_name`."""
     first, _, last = name.partition("-")
     return range(int(first), int(last or first) + 1)
+
+
+def in_order(groups: Mapping[str, nnx.Module]) -> list[tuple[str, nnx.Module]]:
+    """The groups from the first layer to the last. NNX sorts keys as text, "16" before "8"; so never iterate them."""
+    return sorted(groups.items(), key=lambda item: group_layers(item[0]).start)
 
 
 def unstack(stacked: nnx.Module) -> nnx.Module:

@@ -16,7 +16,7 @@ from pvm_jax.models import rope
 from pvm_jax.models.attention import SameId
 from pvm_jax.models.attention_kernels import Kernels, Rule, attend
 from pvm_jax.models.layers import LayerNorm, Make, einsum
-from pvm_jax.models.stack import group_name, scan_layers
+from pvm_jax.models.stack import group_name, in_order, scan_layers
 
 
 @struct.dataclass
@@ -137,7 +137,7 @@ class VisionTower(nnx.Module):
             mask = SameId(ids, ids)
 
         deepstack = []
-        for last, blocks in zip(self.last_block, self.blocks.values()):
+        for last, (_, blocks) in zip(self.last_block, in_order(self.blocks)):
             x = scan_layers(blocks, lambda block, x, _: block(x, cos, sin, mask), x, remat=self.remat)
             if last in config.deepstack_visual_indexes:
                 deepstack.append(self.deepstack_merger_list[str(len(deepstack))](x))

@@ -78,7 +78,7 @@ class Blueprint:
         mesh: AnyMesh,
         platform: str | None = None,
     ):
-        self._config, self._options, self._stage = config, options, stage
+        self._config, self._options, self._stage, self._mesh = config, options, stage, mesh
         platform = platform or mesh.devices.flat[0].platform
         self._attention = attention_kernels.choose(options.attention, platform, mesh, options.compute_dtype)
         abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
@@ -135,6 +135,7 @@ class Blueprint:
             remat=options.remat,
             init=options.random_init,
             attention=self._attention,
+            mesh=self._mesh,
         )
 
     def _build(self, rngs: nnx.Rngs) -> nnx.Module:

@@ -78,7 +78,7 @@ class SFT:
 
     def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
         return cross_entropy(
-            model.logits,
+            model.logits_in_loop(),
             model(batch),
             batch.tokens,
             batch.loss_weights,

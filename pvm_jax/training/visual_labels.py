@@ -85,9 +85,10 @@ class VisualLabels(SFT):
 
     def loss_fn(self, model: nnx.Module, batch: LabelledBatch) -> Loss:
         """sum / count is the text's loss plus `weight` times the mean over labelled visual tokens."""
-        visual = model.encode_images(batch.batch)
-        hidden = model(batch.batch, visual=visual)
-        text = cross_entropy(model.logits, hidden, batch.batch.tokens, batch.batch.loss_weights, chunk=self._chunk)
+        rows = batch.batch
+        visual = model.encode_images(rows)
+        hidden = model(rows, visual=visual)
+        text = cross_entropy(model.logits_in_loop(), hidden, rows.tokens, rows.loss_weights, chunk=self._chunk)
         heads, tokens, place = model.extra, visual.tokens, self._auxiliary.place_weight
         read, correct, count = head_loss(tokens, heads.label, batch.labels[..., 0])
         row, _, _ = head_loss(tokens, heads.row, batch.labels[..., 1])

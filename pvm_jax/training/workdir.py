@@ -20,7 +20,7 @@ from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.training.stage import TrainingError
 
 # What may change between two starts of one run: where and how fast it computes, and what it reports.
-FREE = ("mesh.", "checkpoint.", "evals.", "data.threads", "log_every", "compilation_cache", "distributed")
+FREE = ("mesh.", "checkpoint.", "evals.", "data.threads", "log_every", "compilation_cache")
 
 
 def claim(workdir: Path, config: Mapping[str, Any], source: Checkpoint, *, has_weights: bool, begun: bool) -> None:
