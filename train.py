@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if main_process:
-        claim(workdir, resolved, source, has_weights=options.init == "checkpoint", begun=start > 0)
+        claim(workdir, resolved, source, processor, has_weights=options.init == "checkpoint", begun=start > 0)
     cluster.barrier("workdir claimed")
 
     # ---- Parameters, in this order of precedence -----------------------------------------------------------------

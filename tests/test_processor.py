@@ -19,7 +19,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 import pvm_jax.data
 from pvm_jax.data.chat import load_template
 from pvm_jax.data.images import DataError
-from pvm_jax.data.processor import Processor
+from pvm_jax.data.processor import Processor, write_limits
 
 ID = tiny.TOKEN_ID
 
@@ -174,6 +174,25 @@ def test_pixel_limits_can_be_overridden(own_checkpoint):
     assert Processor.from_pretrained(own_checkpoint).images.max_pixels == 8192
     (own_checkpoint / "video_preprocessor_config.json").unlink()
     assert Processor.from_pretrained(own_checkpoint).video.pixels.max_pixels == 8192
+
+
+@pytest.mark.parametrize("layout", ["two files", "one for both", "sections"])
+def test_pixel_limits_are_kept_in_the_files(own_checkpoint, layout):
+    """Also where the files have the older keys, where videos have no file, and in one file of two sections."""
+    images, video = (own_checkpoint / f"{kind}preprocessor_config.json" for kind in ("", "video_"))
+    edit_json(images, min_pixels=2048, max_pixels=8192)
+    if layout != "two files":
+        video.unlink()
+    if layout == "sections":
+        settings = json.loads(images.read_text())
+        images.unlink()
+        both = {"image_processor": settings, "video_processor": settings | {"fps": 1}}
+        (own_checkpoint / "processor_config.json").write_text(json.dumps(both))
+    given = Processor.from_pretrained(own_checkpoint, min_pixels=1024, max_pixels=4096, video_max_pixels=9216)
+    write_limits(own_checkpoint, given)
+    kept = Processor.from_pretrained(own_checkpoint)
+    assert (kept.images, kept.video) == (given.images, given.video)
+    assert (kept.images.max_pixels, kept.video.pixels.max_pixels) == (4096, 9216)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from training_runs import SPEEDS, without_speeds
 
 from pvm_jax import cli
 from pvm_jax.checkpoint import load_params, open_checkpoint
+from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
 from pvm_jax.training.report import NonFiniteLoss
 from pvm_jax.training.stage import TrainingError
@@ -110,6 +111,8 @@ def test_metrics_of_every_step(finished, data):
 def test_workdir_is_a_model_and_holds_only_what_was_trained(finished, pvm_checkpoint):
     checkpoint = open_checkpoint(finished)
     assert checkpoint.config.pvm.layers == tiny.PVM_LAYERS
+    limits = Processor.from_pretrained(checkpoint.files).images.max_pixels  # those of the run, not of the checkpoint
+    assert limits == 4096 < Processor.from_pretrained(pvm_checkpoint).images.max_pixels
     gate, frozen = "text/layers/1/pvm_block/gate_alpha", "text/layers/0/mlp/up_proj"
     wanted = {gate: jax.ShapeDtypeStruct((1, 1), np.float32), frozen: jax.ShapeDtypeStruct((1, 96, 64), np.float32)}
     trained, before = load_params(checkpoint, wanted), load_params(pvm_checkpoint, wanted)

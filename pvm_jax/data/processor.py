@@ -31,6 +31,7 @@ from pvm_jax.data.images import DataError, PixelSettings, process_image
 from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
 from pvm_jax.data.positions import patch_coords, position_corners, rope_positions
 from pvm_jax.data.video import VideoSettings, process_video
+from pvm_jax.model_files import write_json
 
 LENGTH_MULTIPLE = 16  # rows of a batch without a given length are padded to this, for fewer compiled shapes
 
@@ -311,6 +312,12 @@ class _Assembly:
         )
 
 
+_SECTIONS = (
+    ("image_processor", ("preprocessor_config.json",)),
+    ("video_processor", ("video_preprocessor_config.json", "preprocessor_config.json")),
+)
+
+
 def _preprocessor_sections(directory: Path) -> tuple[tuple[dict, str], tuple[dict, str]]:
     """(image section, its source), (video section, its source), in transformers' order of precedence.
 
@@ -320,7 +327,7 @@ def _preprocessor_sections(directory: Path) -> tuple[tuple[dict, str], tuple[dic
     both = directory / "processor_config.json"
     sections = read_object(both) if both.exists() else {}
 
-    def section(name: str, *files: str) -> tuple[dict, str]:
+    def section(name: str, files: tuple[str, ...]) -> tuple[dict, str]:
         if isinstance(sections.get(name), dict):
             return sections[name], f"{both}: {name}"
         for file in files:
@@ -328,10 +335,26 @@ def _preprocessor_sections(directory: Path) -> tuple[tuple[dict, str], tuple[dic
                 return read_object(directory / file), str(directory / file)
         raise DataError(f"{directory}: expected {files[-1]} or processor_config.json, found neither")
 
-    return (
-        section("image_processor", "preprocessor_config.json"),
-        section("video_processor", "video_preprocessor_config.json", "preprocessor_config.json"),
-    )
+    images, video = (section(*known) for known in _SECTIONS)
+    return images, video
+
+
+def write_limits(directory: Path, processor: Processor) -> None:
+    """Writes a processor's pixel limits into the preprocessor files of `directory`, from which it was made."""
+    both = directory / "processor_config.json"
+    sections = read_object(both) if both.exists() else {}
+    used = (processor.images, processor.video.pixels)
+    # Read before anything is written: videos may share the images' file.
+    found = [dict(raw) for raw, _ in _preprocessor_sections(directory)]
+    for (name, files), raw, pixels in zip(_SECTIONS, found, used, strict=True):
+        raw |= {"size": {"shortest_edge": pixels.min_pixels, "longest_edge": pixels.max_pixels}}
+        for older in ("min_pixels", "max_pixels"):  # they would have the last word
+            raw.pop(older, None)
+        if isinstance(sections.get(name), dict):
+            sections[name] = raw
+            write_json(both, sections)
+        else:
+            write_json(directory / files[0], raw)
 
 
 def _eos_token_ids(directory: Path, tokenizer: Any) -> tuple[int, ...]:

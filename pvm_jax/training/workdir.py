@@ -16,6 +16,7 @@ from typing import Any
 from pvm_jax.checkpoint import BASE, Checkpoint, base_record
 from pvm_jax.cli import leaves
 from pvm_jax.config import read_json
+from pvm_jax.data.processor import Processor, write_limits
 from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.training.stage import TrainingError
 
@@ -23,12 +24,21 @@ from pvm_jax.training.stage import TrainingError
 FREE = ("mesh.", "checkpoint.", "evals.", "data.threads", "log_every", "compilation_cache")
 
 
-def claim(workdir: Path, config: Mapping[str, Any], source: Checkpoint, *, has_weights: bool, begun: bool) -> None:
+def claim(
+    workdir: Path,
+    config: Mapping[str, Any],
+    source: Checkpoint,
+    processor: Processor,
+    *,
+    has_weights: bool,
+    begun: bool,
+) -> None:
     """Writes `config.json` and `model/`, or checks that they are those of this run.
 
     Args:
       config: the resolved configuration.
       source: the checkpoint that the run starts from.
+      processor: the run's; where `config.processor` changes its pixel limits, the model is kept with the new ones.
       has_weights: False where only its config, tokenizer and processor are used.
       begun: the workdir has a checkpoint. Without one there is nothing to protect, and a run that failed to start
         may be started again with other settings.
@@ -61,6 +71,8 @@ def claim(workdir: Path, config: Mapping[str, Any], source: Checkpoint, *, has_w
         copy_files(source.files, partial)
         write_json(partial / "config.json", read_json(source.files / "config.json"))
         write_json(partial / BASE, record)
+        if any(config["processor"].values()):
+            write_limits(partial, processor)
 
 
 def _refuse_other_configuration(workdir: Path, config: Mapping[str, Any]) -> None:
