@@ -11,7 +11,7 @@ import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -22,6 +22,13 @@ MAX_ASPECT_RATIO = 200
 
 class DataError(ValueError):
     """Input that cannot become a batch; the message names the sample or file, what was expected, what arrived."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A file that lies within another one (`archives.Member`); `str()` of it is its name for messages."""
+
+    def read(self) -> bytes: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +104,19 @@ def _channels(value: Any, source: str, field: str) -> tuple[float, ...]:
 
 
 def open_image(source: Any, where: str = "image") -> Image.Image:
-    """An RGB image from a path, the bytes of a file, or a PIL image; `where` begins every error.
+    """An RGB image from a path, the bytes of a file, a file in an archive, or a PIL image; `where` begins every error.
 
     Raises:
       DataError: missing, empty, truncated or not an image, zero-sized, or deeper than 8 bits a channel.
     """
-    name = f"{where} ({source})" if isinstance(source, str | Path) else where
+    name = f"{where} ({source})" if isinstance(source, str | Path | Stored) else where
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise DataError(
             f"{name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, so that truncated images would pass as grey areas; "
             "set it to False"
         )
+    if isinstance(source, Stored):
+        source = source.read()
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise DataError(f"{name}: expected a path, bytes or a PIL image, got {type(source).__name__}")
     if isinstance(source, bytes) and not source:
