@@ -119,7 +119,8 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
         if cluster.stop_after(start):
             return distributed.PREEMPTED
         for step in range(start + 1, steps + 1):
-            drawn = stage.next_batch(step - 1, policy)
+            with reporter.waiting():
+                drawn = stage.next_batch(step - 1, policy)
             batch = put_batch(drawn.batch, mesh, micro_batches)
             with reporter.compiling(batch):
                 state, metrics = update(state, frozen, batch)

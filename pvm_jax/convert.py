@@ -16,6 +16,7 @@ values of PVM in `pvm_init`.
 import argparse
 import copy
 import dataclasses
+import functools
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,13 +107,13 @@ def convert_from_hf(
     params = {}
     with tqdm(total=len(table), desc="from_hf", unit="param", disable=not progress) as bar:
 
-        def read(path: str, as_dtype: np.dtype) -> np.ndarray:
+        def fill(path: str, value: np.ndarray) -> None:
             bar.update()
-            return weights.read(path, as_dtype)
+            weights.fill(path, value)
 
         for leaf in table:
             as_dtype = jnp.dtype(dtype) if dtype else weights.dtype(leaf.path)
-            params[leaf.path] = Lazy(leaf.shape, as_dtype, lambda path=leaf.path, d=as_dtype: read(path, d))
+            params[leaf.path] = Lazy(leaf.shape, as_dtype, functools.partial(fill, leaf.path))
         save_native(dst, raw, params, src)
     return Summary(dst, *count_parameters(config), sum(p.nbytes for p in params.values()))
 

@@ -76,14 +76,17 @@ class HFWeights:
         return (len(units), *units[0].shape) if parse_group(path) else units[0].shape
 
     def dtype(self, path: str) -> np.dtype:
-        """That of the files; PVM is made in the embedding's."""
-        unit = self._of(path)[0]
-        return DTYPES[self._reader.entries[_EMBEDDING if unit.made else unit.tensor.name].dtype]
+        return self._stored_dtype(self._of(path)[0])
 
     def read(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
         """One parameter, on the host; `dtype` None keeps the files'."""
-        everything = tuple(slice(None) for _ in self.shape(path))
-        return self._read(path, everything, dtype or self.dtype(path))
+        value = np.empty(self.shape(path), dtype or self.dtype(path))
+        self.fill(path, value)
+        return value
+
+    def fill(self, path: str, value: np.ndarray) -> None:
+        """Writes a parameter into an array of its shape, in the array's dtype."""
+        self._fill(path, tuple(slice(None) for _ in value.shape), value)
 
     def restore(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Arrays for `wanted`, all of which must be held, each in its dtype and sharding (None: the first device).
@@ -94,20 +97,32 @@ class HFWeights:
             path: jax.make_array_from_callback(
                 self.shape(path),
                 sharding_of(want),
-                lambda index, path=path, want=want: self._read(path, index, np.dtype(want.dtype)),
+                lambda index, path=path, want=want: self._part(path, index, np.dtype(want.dtype)),
             )
             for path, want in wanted.items()
         }
 
-    def _read(self, path: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-        if not parse_group(path):
-            return self._tensor(self._of(path)[0])[index].astype(dtype)
-        units = self._of(path)[index[0]]
-        shape = tuple(len(range(n)[i]) for n, i in zip(units[0].shape, index[1:], strict=True))
-        stacked = np.empty((len(units), *shape), dtype)
-        for row, unit in zip(stacked, units):
-            row[...] = self._tensor(unit)[index[1:]]
-        return stacked
+    def _part(self, path: str, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+        value = np.empty([len(range(n)[i]) for n, i in zip(self.shape(path), index, strict=True)], dtype)
+        self._fill(path, index, value)
+        return value
+
+    def _fill(self, path: str, index: tuple[slice, ...], value: np.ndarray) -> None:
+        units = self._of(path)
+        if parse_group(path):
+            units, index = units[index[0]], index[1:]
+        else:
+            value = value[None]
+        for row, unit in zip(value, units, strict=True):
+            if row.shape == unit.shape and not unit.made and row.dtype == self._stored_dtype(unit):
+                self._reader.read_into(unit.tensor.name, row)
+            else:
+                row[...] = self._tensor(unit)[index]
+                self._reader.forget()
+
+    def _stored_dtype(self, unit: _Unit) -> np.dtype:
+        """That of the files; PVM is made in the embedding's."""
+        return DTYPES[self._reader.entries[_EMBEDDING if unit.made else unit.tensor.name].dtype]
 
     def _tensor(self, unit: _Unit) -> np.ndarray:
         if unit.made:

@@ -9,6 +9,7 @@ fills in tensors in any order. Both hold one tensor at a time.
 import dataclasses
 import json
 import math
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class SafetensorsReader:
         self.problems: list[str] = []
         self.complete = True
         self.lost: set[str] = set()
-        self._maps: dict[Path, np.memmap] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         if (directory / INDEX).is_file() and not (directory / SINGLE).is_file():
             self._read_index(directory / INDEX)
         elif (directory / SINGLE).is_file():
@@ -79,9 +80,34 @@ class SafetensorsReader:
         """The tensor, as a read-only view of its file: nothing is read before it is used."""
         entry = self.entries[name]
         if entry.file not in self._maps:
-            self._maps[entry.file] = np.memmap(entry.file, np.uint8, mode="r")
-        data = self._maps[entry.file][entry.start : entry.end]
-        return np.asarray(data).view(DTYPES[entry.dtype]).reshape(entry.shape)
+            with entry.file.open("rb") as file:
+                self._maps[entry.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(self._maps[entry.file], np.uint8, entry.end - entry.start, entry.start)
+        return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def read_into(self, name: str, target: np.ndarray) -> None:
+        """Fills a contiguous array of the tensor's dtype and size: a copy of `read`, without mapping any page.
+
+        Raises:
+          WeightsError: the file has become shorter since it was checked.
+        """
+        entry = self.entries[name]
+        left = memoryview(target.reshape(-1).view(np.uint8))
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            while left:
+                count = file.readinto(left)
+                if not count:
+                    raise WeightsError([f"{entry.file}: {name}: expected {len(left)} bytes more, the file ends"])
+                left = left[count:]
+
+    def forget(self) -> None:
+        """Gives back the memory of what `read` has shown: else whole files would count as this process's in the end.
+
+        Views stay valid; what they show is read again when it is looked at again.
+        """
+        for mapped in list(self._maps.values()):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def _read_index(self, index: Path) -> None:
         weight_map = _weight_map(index, self.problems)

@@ -1,17 +1,25 @@
-"""The benchmark runs; what it measures on a tiny model means nothing."""
+"""The benchmarks run; what they measure on tiny problems means nothing."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "vs_transformers.py"
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def run(script: str, out: Path, *arguments: str) -> str:
+    argv = [sys.executable, FOLDER / script, f"--out={out}", *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=FOLDER.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_quick_benchmark_has_every_row(tmp_path):
     out = tmp_path / "result.json"
-    run = subprocess.run([sys.executable, SCRIPT, "--quick", f"--out={out}"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run("vs_transformers.py", out, "--quick")
     result = json.loads(out.read_text())
     kinds = [row["name"].split(",")[0].split(" torch")[0] for row in result["rows"]]
     assert kinds == ["prefill", "decode step", "decode step", "generate", "SFT step", "SFT step", "SFT", "SFT"]
@@ -19,3 +27,15 @@ def test_quick_benchmark_has_every_row(tmp_path):
     assert result["memory_bound"]["weight_bytes"] > 0
     # PVM adds work, and XLA's count of it is not noise.
     assert all(0 < cost["more"]["flops"] < 1 for cost in result["pvm_cost"])
+
+
+def test_loader_benchmark_judges_by_the_step_that_is_given(tmp_path):
+    arguments = ["--samples=8", "--steps=1", "--sizes=320x240,640x480", "--answer=50", "--threads=1"]
+    fast = run("loader.py", tmp_path / "fast.json", *arguments, "--step_seconds=1e-6")
+    result = json.loads((tmp_path / "fast.json").read_text())
+    assert "DATA IS THE BOTTLENECK" in fast
+    assert result["samples"] == 8 and result["skipped"] == 0 and 0 < result["padding"] < 1
+    assert {"row", "decode", "resize", "patches", "text and indices"} == set(result["parts"])
+    cpu = result["cpu"] + result["kernel"]
+    assert result["host_cores"] == pytest.approx(cpu / 8 / 1e-6)  # two of sixteen parts, within a microsecond
+    assert "data is not the bottleneck" in run("loader.py", tmp_path / "slow.json", *arguments, "--step_seconds=1e6")

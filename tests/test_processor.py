@@ -126,6 +126,17 @@ def test_older_video_markers_are_replaced(processor, stock_checkpoint):
     np.testing.assert_array_equal(older.encode(image).tokens, processor.encode(image).tokens)
 
 
+@pytest.mark.parametrize("markers", [True, False])
+def test_answers_are_learned_wherever_pictures_stand(stock_checkpoint, markers):
+    """Also the answer between two pictures and the one behind a video: no shift by what was put in between."""
+    encode = Processor.from_pretrained(stock_checkpoint, video_markers=markers)
+    moves = [tiny.image(i, 64, 96) for i in range(3)]
+    messages = [*CONVERSATIONS["turns"]["messages"], tiny.user("and", moves, "here?"), tiny.assistant("it moves")]
+    e = encode.encode({"messages": messages})
+    learned = encode.decode(e.tokens[e.loss_mask], skip_special_tokens=False)
+    assert learned == "".join(f"{m['content']}<|im_end|>\n" for m in messages if m["role"] == "assistant")
+
+
 # Files of a checkpoint.
 
 

@@ -20,8 +20,8 @@ from pvm_jax import cli
 from pvm_jax.checkpoint import load_params, open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
-from pvm_jax.training.report import NonFiniteLoss
-from pvm_jax.training.stage import TrainingError
+from pvm_jax.training.report import NonFiniteLoss, Reporter
+from pvm_jax.training.stage import StageBatch, TrainingError
 
 ROOT = Path(__file__).parents[1]
 
@@ -104,7 +104,7 @@ def test_metrics_of_every_step(finished, data):
     assert all(np.isfinite(list(line.values())).all() for line in lines)
     assert lines[0]["learning_rate"] == 0.0 and lines[1]["learning_rate"] == np.float32(0.01)
     assert lines[1]["gate/1"] != lines[0]["gate/1"]
-    assert 0 < lines[0]["padding"] < 1
+    assert 0 < lines[0]["padding"] < 1 and 0 < lines[0]["waiting_for_data"] <= 1
     assert any((finished / "tensorboard").iterdir())
 
 
@@ -232,6 +232,26 @@ def test_meter_divides_sums_once_and_goes_on_from_a_checkpoint():
 
 
 # ---- Mistakes ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_printed_tells_whether_data_is_the_bottleneck(tmp_path, capsys):
+    """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere."""
+    reporter = Reporter(tmp_path, 0, 4, every=2)
+    for step in (1, 2, 3, 4):
+        with reporter.waiting():
+            time.sleep(0.2 if step < 3 else 0.0)
+        with reporter.paused():
+            time.sleep(0.3)
+        time.sleep(0.2)
+        drawn = StageBatch(batch=None, ids=("a",), tokens=96, metrics={"padding": (32, 128)})
+        reporter.step(step, drawn, {"loss": (1.0, 1), "grad_norm": (1.0, 1), "finite": (True, 1)})
+        if step % 2 == 0:
+            reporter.flush()
+    reporter.close()
+    first, second = (line["waiting_for_data"] for line in read_metrics(tmp_path))
+    assert 0.3 < first < 0.7 and second < 0.1
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2/4"))
+    assert re.fullmatch(r"step 2/4  loss 1.0000  tokens/s \d+  padding 25 %  waiting for data \d\d %", line)
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(run, tmp_path):

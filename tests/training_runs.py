@@ -16,7 +16,7 @@ from pvm_jax.sharding import make_mesh
 from pvm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SPEEDS = ("tokens_per_second", "samples_per_second")
+SPEEDS = ("tokens_per_second", "samples_per_second", "waiting_for_data")
 
 
 @dataclasses.dataclass(frozen=True)

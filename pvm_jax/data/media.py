@@ -1,16 +1,21 @@
-"""Where an image or a video of a row is: a path, bytes, base64, a struct of these, or pixels -> a message part."""
+"""Where an image or a video of a row is: a path, bytes, base64, a struct of these, or pixels -> a message part.
+
+Relative paths are looked up in folders and archives (`open_places`).
+"""
 
 import base64
 import binascii
+import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pvm_jax.data.archives import Archive, Member, open_archive
 from pvm_jax.data.images import DataError
 
 # How PNG, JPEG, GIF, WebP and BMP files begin in base64. Its alphabet has no dot, while names of image files have one,
@@ -18,14 +23,51 @@ from pvm_jax.data.images import DataError
 _BASE64_IMAGE = re.compile(r"(iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk)[A-Za-z0-9+/\s]{40,}=*\s*")
 
 
-class MediaReader:
-    """Reads images and videos as far as can be done without decoding them; relative paths start from `folder`."""
+class Folder:
+    """What an archive is to the files in it, for a folder."""
 
-    def __init__(self, folder: str | Path):
-        self._folder = str(folder)
+    def __init__(self, path: str | Path):
+        self._path = str(path)
+
+    def __str__(self) -> str:
+        return self._path
+
+    def find(self, name: str) -> str | None:
+        """The path of the file of that name (a path from here, or an absolute one), or None."""
+        path = os.path.join(self._path, name)
+        return path if os.path.isfile(path) else None
+
+
+Place = Folder | Archive
+
+
+def open_places(image_folder: str | Path | Sequence[str | Path]) -> list[Place]:
+    """The folders and archives that paths, or glob patterns, stand for; archives are listed here, once.
+
+    Raises:
+      DataError: there is no such folder or archive, or one that cannot be read.
+    """
+    places: list[Place] = []
+    for pattern in [image_folder] if isinstance(image_folder, str | Path) else image_folder:
+        path = Path(pattern).expanduser()
+        found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise DataError(f"image_folder: no folder or archive matches {str(pattern)!r}")
+        places += [Folder(one) if one.is_dir() else open_archive(one) for one in found]
+    return places
+
+
+class MediaReader:
+    """Reads images and videos as far as can be done without decoding them.
+
+    Relative paths are looked up in `places`; the first that has the file gives it.
+    """
+
+    def __init__(self, places: Sequence[Place]):
+        self._places = tuple(places)
 
     def read(self, kind: str, entry: Any, field: str) -> dict[str, Any]:
-        """The part `{"type": kind, kind: path, bytes, PIL image or list of frames}` for an entry of a row.
+        """The part `{"type": kind, kind: path, member, bytes, PIL image or list of frames}` for an entry of a row.
 
         `field` begins the sentence of a DataError.
         """
@@ -43,7 +85,7 @@ class MediaReader:
             video = self._file(entry, "video", field)
         return {"type": "video", "video": video} | fps
 
-    def _file(self, entry: Any, what: str, field: str) -> str | bytes | Image.Image:
+    def _file(self, entry: Any, what: str, field: str) -> str | bytes | Member | Image.Image:
         if isinstance(entry, Mapping):  # Hugging Face's struct of an image column
             content, path = entry.get("bytes"), entry.get("path")
             if isinstance(content, str):
@@ -67,10 +109,17 @@ class MediaReader:
             return _from_base64(entry, field)
         if entry.startswith(("http://", "https://")):
             raise DataError(f"{field}: {entry:.80} is not on this machine; download it and give a path")
-        path = os.path.join(self._folder, entry.removeprefix("file://"))
-        if not os.path.isfile(path):
-            raise DataError(f"{field}: no {what} file at {path:.200}; relative paths start from image_folder")
-        return path
+        return self._find(entry.removeprefix("file://"), what, field)
+
+    def _find(self, name: str, what: str, field: str) -> str | Member:
+        if os.path.isabs(name):
+            found, tried = Folder("/").find(name), [name]
+        else:
+            found = next((file for place in self._places if (file := place.find(name)) is not None), None)
+            tried = [f"{os.path.join(str(place), name):.200}" for place in self._places]
+        if found is None:
+            raise DataError(f"{field}: no {what} file at {' or '.join(tried)}; relative paths start from image_folder")
+        return found
 
 
 def _from_base64(text: str, field: str) -> bytes:

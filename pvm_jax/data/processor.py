@@ -240,20 +240,20 @@ class _Assembly:
 
     def build(self, ids: list[int], learned: list[bool], images: deque, videos: deque, sample_id: str) -> Encoded:
         config = self.processor.config
-        skip = set()
-        if not self.processor.video_markers:
-            for i, token in enumerate(ids):
-                if token == config.video_token_id:
-                    skip |= {i - 1, i + 1}
-        for i, (token, is_learned) in enumerate(zip(ids, learned)):
+        marker = 0 if self.processor.video_markers else 1  # tokens to leave out before and behind a video
+        start = 0
+        for i, token in enumerate(ids):
             if token == config.image_token_id:
+                self._add_text(ids[start:i], learned[start:i])
                 visual = images.popleft()
                 self.visuals.append(visual)
                 self._add_grid(visual, token)
+                start = i + 1
             elif token == config.video_token_id:
+                self._add_text(ids[start : i - marker], learned[start : i - marker])
                 self._add_video(videos.popleft())
-            elif i not in skip:
-                self._add_text([token], [is_learned])
+                start = i + 1 + marker
+        self._add_text(ids[start:], learned[start:])
         return self._encoded(sample_id)
 
     def _add_video(self, video: _Visual) -> None:
@@ -269,10 +269,7 @@ class _Assembly:
         self.tokens += ids
         self.learned += learned or [False] * len(ids)
         self.visual_index += [-1] * len(ids)
-        if self.spans and isinstance(self.spans[-1], int):
-            self.spans[-1] += len(ids)  # one span for a whole text: positions cost time by the span
-        else:
-            self.spans.append(len(ids))
+        self.spans.append(len(ids))
 
     def _add_grid(self, visual: _Visual, token: int) -> None:
         merge = self.processor.config.vision.spatial_merge_size
@@ -296,13 +293,13 @@ class _Assembly:
                 coords.append(at)
                 index.append(corners)
                 weight.append(weights)
-        patches = [visual.patches for visual in self.visuals]
+        patches = [visual.patches for visual in self.visuals] or [np.zeros((0, vision.patch_dim), np.float32)]
         return Encoded(
             tokens=np.array(self.tokens, np.int32),
             positions=positions,
             visual_index=np.array(self.visual_index, np.int32),
             loss_mask=np.array(self.learned, bool),
-            patches=np.concatenate([np.zeros((0, vision.patch_dim), np.float32), *patches]),
+            patches=patches[0] if len(patches) == 1 else np.concatenate(patches),  # tens of megabytes: no needless copy
             patch_segment=np.concatenate([np.zeros(0, np.int32), *segments]),
             patch_coords=np.concatenate([np.zeros((0, 2), np.int32), *coords]),
             pos_index=np.concatenate([np.zeros((0, 4), np.int32), *index]),

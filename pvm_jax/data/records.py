@@ -20,12 +20,11 @@ of raw text; `<image>` in a user's string is where the image goes, and only with
 import itertools
 import json
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pvm_jax.data.images import DataError
-from pvm_jax.data.media import MediaReader
+from pvm_jax.data.media import MediaReader, Place
 
 ROLES = ("system", "user", "assistant", "tool")
 FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"))
@@ -37,13 +36,13 @@ class RowReader:
     """Turns the rows of one data set into records.
 
     Args:
-      folder: what relative paths of images and videos start from.
+      places: what relative paths of images and videos start from.
       rename: {column of the data set: field of this module}, e.g. {"problem": "question"}.
       require_answer: whether a row without an answer to learn, or with an empty one, is an error.
     """
 
-    def __init__(self, folder: str | Path, rename: Mapping[str, str] | None = None, require_answer: bool = True):
-        self._media = MediaReader(folder)
+    def __init__(self, places: Sequence[Place], rename: Mapping[str, str] | None = None, require_answer: bool = True):
+        self._media = MediaReader(places)
         self._rename = dict(rename or {})
         self._require_answer = require_answer
 

@@ -1,6 +1,6 @@
 """Random-access data sources: `len(source)` and `source[i]` -> {"id", "messages"}, ready for the processor.
 
-    open_source("train.jsonl", image_folder="pictures")
+    open_source("train.jsonl", image_folder="pictures")            # or pictures.zip, pictures.tar, "parts/*.zip"
     open_source(["a/*.parquet", "b/*.parquet"], rename={"problem": "question"})
     open_source("~/tensorflow_datasets/digits/demo/1.0.0", split="sft_64")     # TFDS, without TensorFlow
 
@@ -8,6 +8,7 @@ Rows are read where they lie: JSONL by the offsets of its lines, parquet a row g
 What a row may look like is in `records.py`. All of it is safe to use from several threads.
 """
 
+import array
 import bisect
 import collections
 import glob
@@ -21,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from pvm_jax.data.images import DataError
+from pvm_jax.data.media import Folder, open_places
 from pvm_jax.data.records import RowReader
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -45,7 +47,7 @@ def open_source(
     files: str | Path | Sequence[str | Path],
     *,
     split: str = "train",
-    image_folder: str | Path | None = None,
+    image_folder: str | Path | Sequence[str | Path] | None = None,
     rename: Mapping[str, str] | None = None,
     require_answer: bool = True,
 ) -> "Records":
@@ -54,18 +56,21 @@ def open_source(
     Args:
       files: paths or glob patterns. A folder that TFDS wrote is read by `tfds.builder_from_directory`.
       split: of TFDS directories, also a part like "train[:90%]"; files have no splits.
-      image_folder: what relative image paths start from; None: the folder of the file that names them.
+      image_folder: what relative image paths start from: folders, .zip or .tar files, or glob patterns of them; the
+        first that has the image gives it. None: the folder of the file that names it.
       rename: {column of the data set: field of records.py}.
       require_answer: False for prompts alone.
     """
     patterns = [files] if isinstance(files, str | Path) else list(files)
     opened: list[_Rows] = []
+    groups = RowGroups()
     for path in itertools.chain.from_iterable(_expand(str(pattern)) for pattern in patterns):
         if path.is_dir():
             opened.append(TfdsRows(path, split))
         else:
-            opened.append(JsonlRows(path) if path.suffix == ".jsonl" else ParquetRows(path))
-    readers = [RowReader(image_folder or rows.path.parent, rename, require_answer) for rows in opened]
+            opened.append(JsonlRows(path) if path.suffix == ".jsonl" else ParquetRows(path, groups))
+    places = open_places(image_folder) if image_folder else None
+    readers = [RowReader(places or [Folder(rows.path.parent)], rename, require_answer) for rows in opened]
     if not sum(map(len, opened)):
         raise DataError(
             f"the data set is empty: no rows in {', '.join(map(str, patterns)) or 'an empty list of files'}"
@@ -119,11 +124,11 @@ class JsonlRows:
 
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
-        spans, lines, position = [], [], 0
+        spans, lines, position = array.array("q"), array.array("q"), 0
         with open(path, "rb") as file:
             for line, content in enumerate(file, start=1):
                 if not content.isspace():
-                    spans.append((position, position + len(content)))
+                    spans.extend((position, position + len(content)))
                     lines.append(line)
                 position += len(content)
         self._spans = np.array(spans, np.int64).reshape(-1, 2)
@@ -152,22 +157,45 @@ class JsonlRows:
         return f"{self.path} row {index} (line {self._lines[index]})"
 
 
-class ParquetRows:
-    """A parquet file, read a row group at a time; the groups read last are kept.
+class RowGroups:
+    """The row groups of parquet files that were read last, as far as they take no more than `limit` bytes together.
 
-    A shuffled order visits row groups at random, so groups of some hundred rows (not the hundred thousand that some
-    writers choose) are what makes it fast.
+    A shuffled order visits row groups at random. Text alone fits whole, whatever the size of its groups; files with
+    images inside do not, and are quick with groups of about a hundred rows.
     """
 
-    KEPT_GROUPS = 4
+    def __init__(self, limit: int = 2**32):
+        self._limit, self._bytes = limit, 0
+        self._tables: collections.OrderedDict[tuple[Path, int], Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
-    def __init__(self, path: Path):
+    def get(self, key: tuple[Path, int]) -> Any | None:
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+            return self._tables.get(key)
+
+    def put(self, key: tuple[Path, int], table: Any) -> None:
+        """Keeps a group; the last one is kept whatever its size."""
+        with self._lock:
+            if key in self._tables:
+                return
+            self._tables[key] = table
+            self._bytes += table.nbytes
+            while self._bytes > self._limit and len(self._tables) > 1:
+                self._bytes -= self._tables.popitem(last=False)[1].nbytes
+
+
+class ParquetRows:
+    """A parquet file, read a row group at a time."""
+
+    def __init__(self, path: Path, groups: RowGroups):
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path, self.name = path, path.name
         self._lock = threading.Lock()  # a ParquetFile is one cursor
-        self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._groups = groups
         try:
             self._file = pq.ParquetFile(path, memory_map=True)
         except pa.ArrowInvalid as error:
@@ -188,16 +216,19 @@ class ParquetRows:
     def _group(self, group: int, index: int) -> Any:
         import pyarrow as pa
 
+        key = self.path, group
+        table = self._groups.get(key)
+        if table is not None:
+            return table
         with self._lock:
-            if group not in self._kept:
+            table = self._groups.get(key)  # another thread may have read it while this one waited
+            if table is None:
                 try:
-                    self._kept[group] = self._file.read_row_group(group, use_threads=False)
+                    table = self._file.read_row_group(group, use_threads=False)
                 except (pa.ArrowInvalid, OSError) as error:
                     raise DataError(f"{self.where(index)}: row group {group} is damaged ({error})") from None
-                if len(self._kept) > self.KEPT_GROUPS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(group)
-            return self._kept[group]
+                self._groups.put(key, table)
+            return table
 
 
 class TfdsRows:

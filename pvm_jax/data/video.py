@@ -12,6 +12,7 @@ What agrees with transformers (5.23), `Qwen3VLVideoProcessor` and `Qwen3VLProces
 
 import dataclasses
 import functools
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from PIL import Image
 
-from pvm_jax.data.images import DataError, PixelSettings, open_image, patchify, smart_resize
+from pvm_jax.data.images import DataError, PixelSettings, Stored, open_image, patchify, smart_resize
 
 FRAMES_FPS = 24.0  # of a list of frames that comes without a rate, as in transformers
 DEFAULT_SIZE = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}  # Qwen3VLVideoProcessor's own
@@ -117,7 +118,7 @@ def video_values(settings: PixelSettings) -> Float32[np.ndarray, "3 256"]:
 
 
 def read_video(
-    path: str | Path, settings: VideoSettings, fps: float | int | None = None, where: str = "video"
+    source: str | Path | Stored, settings: VideoSettings, fps: float | int | None = None, where: str = "video"
 ) -> tuple[list[Image.Image], list[int], float]:
     """Sampled frames of a file (also an animated GIF), their indices, and the file's frames per second.
 
@@ -126,15 +127,16 @@ def read_video(
     """
     import av  # here, so that hosts without FFmpeg can still train on images
 
-    name = f"{where} ({path})"
+    name = f"{where} ({source})"
+    content: str | bytes = source.read() if isinstance(source, Stored) else str(source)
     try:
-        with av.open(str(path)) as container:
+        with _open(content) as container:
             if not container.streams.video:
                 raise DataError(f"{name}: expected a video, found no video stream")
             stream = container.streams.video[0]
             rate = stream.average_rate
             # Containers without an index (GIF, some WebM) do not know their length: count by decoding once more.
-            total = stream.frames or _count_frames(path)
+            total = stream.frames or _count_frames(content)
             if not rate or not total:
                 raise DataError(f"{name}: expected frames and a frame rate, got {total} frames at {rate} a second")
             indices = sample_indices(total, float(rate), settings, fps).tolist()
@@ -153,26 +155,33 @@ def read_video(
     return frames, indices, float(rate)
 
 
-def _count_frames(path: str | Path) -> int:
+def _open(content: str | bytes) -> Any:
     import av
 
-    with av.open(str(path)) as container:
+    return av.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+
+
+def _count_frames(content: str | bytes) -> int:
+    with _open(content) as container:
         return sum(1 for _ in container.decode(video=0))
 
 
 def process_video(
-    source: str | Path | Sequence[Any], settings: VideoSettings, fps: float | int | None = None, where: str = "video"
+    source: str | Path | Stored | Sequence[Any],
+    settings: VideoSettings,
+    fps: float | int | None = None,
+    where: str = "video",
 ) -> VideoPatches:
     """Patches, grid and timestamps of one video.
 
     Args:
-      source: a file, or a list of frames (paths, bytes or PIL images of one size).
+      source: a file, also in an archive, or a list of frames (paths, bytes or PIL images of one size).
       fps: of a file: frames to sample a second (default: the checkpoint's); of a list: the rate at which its frames
         were taken (default: 24).
     """
     if fps is not None and not fps > 0:
         raise DataError(f"{where}: fps: expected a positive number, got {fps!r}")
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | Stored):
         frames, indices, rate = read_video(source, settings, fps, where)
     else:
         frames = [open_image(frame, f"{where}: frame {i}") for i, frame in enumerate(source)]

@@ -22,7 +22,8 @@ class Reporter:
     """Follows the steps of one process.
 
     A step's metrics are fetched while the next step runs, so that the device never waits for the host; `flush`
-    waits. Speeds leave out compilation and whatever else is inside `paused`.
+    waits. Speeds leave out compilation and whatever else is inside `paused`. `waiting_for_data` is the share of the
+    time inside `waiting`: near 0, the batches come fast enough.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Reporter:
         self._waiting: tuple[int, StageBatch, Mapping[str, Any]] | None = None
         self._shapes: set[tuple[Any, ...]] = set()
         self._tokens = self._samples = 0
+        self._waited = 0.0
         self._since = time.monotonic()
 
     def sums(self) -> dict[str, list[float]]:
@@ -114,6 +116,13 @@ class Reporter:
         yield
         self._since += time.monotonic() - began
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the making of the next batch."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
     def close(self) -> None:
         self._bar.close()
         if self._writer:
@@ -124,13 +133,17 @@ class Reporter:
         values = self._meter.take() | {
             "tokens_per_second": self._tokens / seconds,
             "samples_per_second": self._samples / seconds,
+            "waiting_for_data": min(self._waited / seconds, 1.0),
         }
         self._tokens = self._samples = 0
+        self._waited = 0.0
         self._since = time.monotonic()
         if not self._writer:
             return
         self._writer.write(step, values)
         short = {"loss": f"{values.get('loss', 0):.4f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
+        short |= {"padding": f"{100 * values['padding']:.0f} %"} if "padding" in values else {}
+        short["waiting for data"] = f"{100 * values['waiting_for_data']:.0f} %"
         self._bar.set_postfix(short)
         if self._bar.disable:  # not a terminal: lines instead of a bar
             print(f"step {step}/{self._stop}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)
