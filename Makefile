@@ -18,7 +18,7 @@ demo: .venv/.demo
 
 # Trains the checkpoint in assets/ again.
 base: .venv/.demo
-	$(PY) -m pvm_jax.data.prepare_digits runs/data --configs=base
+	$(PY) -m pvm_jax.data.prepare_digits runs/data --configs=base,text
 	$(PY) train.py --config=configs/digits_base.py --workdir=runs/digits-base
 	$(PY) train.py --config=configs/digits_base.py:long --workdir=runs/digits-base-long
 	$(PY) -m pvm_jax.convert to_hf runs/digits-base-long runs/digits-base-hf

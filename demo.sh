@@ -15,8 +15,8 @@ mkdir -p "$RUNS"
 step "data: mosaics of real handwritten digits, as a TFDS data set"
 $PYTHON -m pvm_jax.data.prepare_digits runs/data
 
-step "convert: the Hugging Face checkpoint gains PVM in layers 0, 2 and 3, or the control"
-pvm=(--pvm_layers=0,2,3 --pvm_hidden_size=64 --pvm_init=fan_in)
+step "convert: the Hugging Face checkpoint gains PVM in layer 0, or the control"
+pvm=(--pvm_layers=0 --pvm_hidden_size=64 --pvm_init=fan_in)
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/pvm-start" "${pvm[@]}"
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/slots-start" "${pvm[@]}" --pvm_slots=36
 

@@ -1,6 +1,7 @@
 """The digit mosaics: task, TFDS builder, tokenizer and files of the tiny model, labels on visual tokens."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -23,6 +24,7 @@ SMALL = {
         "test_128": (3, Spec("test", 128, 66, verbose=1.0)),
     },
     "base": {"chains": (3, Spec("train", 128, 66, verbose=0.5, blank=True))},
+    "text": {"ends": (3, Spec("train", 16, verbose=0.0, blank=True))},
 }
 
 
@@ -77,15 +79,16 @@ def test_reading_orders_wrap_around(order, start, path):
 
 
 @pytest.mark.parametrize("verbose", [0.0, 1.0])
-def test_answers_read_the_cells_with_their_running_sum(verbose):
+def test_answers_read_the_cells_and_terse_ones_add_them_up(verbose):
     for seed in range(20):
         e = example(seed, verbose=verbose, max_tokens=505)
         words = e.answer.replace(",", "").replace(";", "").split()
         each = words[1:]
         size = 3 if verbose == 0 else 12  # verbose: two of the 14 tokens are punctuation
-        read = [(each[i], each[i + (1 if verbose == 0 else 2)], each[i + size - 1]) for i in range(0, len(each), size)]
-        totals = np.cumsum([e.labels[c] for c in e.cells]) % 10
-        assert read == [(NAMES[c], WORDS[e.labels[c]], WORDS[t]) for c, t in zip(e.cells, totals, strict=True)]
+        last = [WORDS[t] for t in np.cumsum([e.labels[c] for c in e.cells]) % 10] if verbose == 0 else ["ago"]
+        read = [(each[i], each[i + 1], each[i + size - 1]) for i in range(0, len(each), size)]
+        lasts = itertools.cycle(last)
+        assert read == [(NAMES[c], WORDS[e.labels[c]], next(lasts)) for c in e.cells]
         assert [e.answer[a:b] for a, b in e.digit_spans] == [WORDS[e.labels[c]] for c in e.cells]
         assert len(set(e.cells)) == len(e.cells)
         words = e.question.replace(",", "").split()
@@ -193,20 +196,22 @@ def test_building_again_gives_the_same_rows(data_dirs, tmp_path, monkeypatch):
 
 
 def test_unknown_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"digits have the configs \['demo', 'base'\], got 'demos'"):
+    with pytest.raises(ValueError, match=r"digits have the configs \['demo', 'base', 'text'\], got 'demos'"):
         digits.prepare(tmp_path, "demos")
 
 
-def test_chains_are_blank_and_their_digits_take_no_loss(processor, data_dirs):
-    source = open_source(data_dirs["base"], split="chains")
+@pytest.mark.parametrize(("config", "split", "patches"), [("base", "chains", 4 * CELLS), ("text", "ends", 0)])
+def test_chains_and_ends_show_no_digits_which_take_no_loss(config, split, patches, processor, data_dirs):
+    source = open_source(data_dirs[config], split=split)
     for i in range(len(source)):
         encoded = processor.encode(source[i])
+        assert len(encoded.patches) == patches
         assert np.all(encoded.patches == -1)
         meta = source[i]["metadata"]
         assert set(meta["labels"]) == {-1}
         answer = np.flatnonzero(encoded.tokens == processor.chat.special_ids["<|im_start|>"])[-1] + 3
-        size, at = (3, 1) if meta["style"] == "terse" else (14, 2)
-        unlearned = answer + 1 + at + size * np.arange(len(meta["cells"]))
+        size = 3 if meta["style"] == "terse" else 14
+        unlearned = answer + 2 + size * np.arange(len(meta["cells"]))
         rest = np.setdiff1d(np.arange(answer, len(encoded.tokens)), unlearned)
         assert not encoded.loss_mask[unlearned].any()
         assert encoded.loss_mask[rest].all()

@@ -57,6 +57,7 @@ def base_data(tmp_path_factory) -> dict[str, Path]:
             "short": (3, Spec("train", 40)),
             "chains": (3, Spec("train", 60, blank=True)),
         },
+        "text": {name: (3, Spec("train", 16, verbose=0.0, blank=True)) for name in ("ends", "spans")},
     }
     folder = tmp_path_factory.mktemp("digits_base_data")
     with pytest.MonkeyPatch.context() as patch:
@@ -209,7 +210,7 @@ def test_every_sample_is_scored_once_in_every_condition(evaluated):
     }  # fmt: skip
     assert len({(r["split"], r["condition"], r["id"]) for r in records}) == len(records) == 30
     for r in records:
-        size, at = (14, 3) if r["split"] == "test_128" else (None, None)
+        size, at = (14, 2) if r["split"] == "test_128" else (None, None)
         if size:
             assert r["read_positions"] == [at + size * i for i in range(r["tokens"] // size)]
         assert r["text_count"] + len(r["read_positions"]) == r["tokens"] + 1
@@ -313,7 +314,7 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
         return done.stdout
 
     base, pvm, sft = ROOT / "assets" / "digits_base", tmp_path / "pvm", tmp_path / "sft"
-    add = ("--pvm_layers=0,2,3", "--pvm_hidden_size=64", "--pvm_init=fan_in")
+    add = ("--pvm_layers=0", "--pvm_hidden_size=64", "--pvm_init=fan_in")
     command("-m", "pvm_jax.convert", "from_hf", base, pvm, *add)
     given = (f"--config.model.path={pvm}", f"--config.data.path={data}")
     command("train.py", "--config=configs/digits_sft.py:smoke", f"--workdir={sft}", *given)
@@ -344,8 +345,9 @@ def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_p
         return {key for line in lines for key in line if key.startswith("loss/")}
 
     assert train("smoke", tmp_path / "see") == {"loss/easy", "loss/short"}
-    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}")
-    assert kinds == {"loss/chains", "loss/short"}
+    text = [f"--config.data.streams.{name}.path={base_data['text']}" for name in ("ends", "spans")]
+    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", *text)
+    assert kinds == {"loss/chains", "loss/ends", "loss/short", "loss/spans"}
 
 
 def test_evaluation_without_a_checkpoint_says_what_to_pass(tmp_path):

@@ -1,11 +1,11 @@
 """TFDS builder of the digit mosaics (`digits_task.py`); needs neither TensorFlow nor a download.
 
-`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/1.0.0`, to be read by
+`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.0.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of at most 64 and 256
-tokens; test answers by length, the longest 490-505), `base` what the tiny base model is trained on.
+tokens; test answers by length, the longest 490-505), `base` and `text` what the tiny base model is trained on.
 Features of a row:
 
-    image      192x192 PNG
+    image      192x192 PNG; config `text` has none
     question   the user's text
     answer     the assistant's text
     metadata   JSON: style, order, labels of the 36 cells, cells read, `digit_spans` and `no_loss` (`[start, end)` in
@@ -28,16 +28,20 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
     "demo": {
         "sft_easy": (1600, Spec("train", 64, verbose=0.3, blocks=1.0)),
         "sft_64": (2400, Spec("train", 64, verbose=0.3)),
-        "sft_256": (1600, Spec("train", 256, verbose=0.75)),
+        "sft_256": (1600, Spec("train", 256, 150, verbose=1.0)),
         "test_64": (128, Spec("test", 64)),
         "test_128": (96, Spec("test", 128, 66, verbose=0.5)),
         "test_256": (96, Spec("test", 256, 140, verbose=1.0)),
         "test_505": (96, Spec("test", 505, 490, verbose=1.0)),
     },
     "base": {
-        "easy": (9600, Spec("train", 64, blocks=0.4)),
-        "short": (24000, Spec("train", 64)),
+        "easy": (14400, Spec("train", 37, blocks=0.4)),
+        "short": (24000, Spec("train", 37)),
         "chains": (4000, Spec("train", 505, verbose=0.75, blank=True)),
+        "spans": (12000, Spec("train", 64, verbose=0.8, blank=True)),
+    },
+    "text": {
+        "ends": (16000, Spec("train", 16, verbose=0.0, blank=True)),
     },
 }
 
@@ -45,17 +49,18 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Mosaics of scikit-learn's handwritten digits, with questions, reasoning and answers."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-            "question": tfds.features.Text(),
-            "answer": tfds.features.Text(),
-            "metadata": tfds.features.Text(),
-        }
+        features = {name: tfds.features.Text() for name in ("question", "answer", "metadata")}
+        if self._has_images:
+            features["image"] = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
         return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    @property
+    def _has_images(self) -> bool:
+        return self.builder_config.name != "text"
 
     def _split_generators(self, dl_manager) -> dict[str, Iterator]:
         splits = SPLITS[self.builder_config.name]
@@ -66,12 +71,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             # Each row has its own generator: a longer split begins with the rows of a shorter one.
             example = make_example(np.random.default_rng([zlib.crc32(split.encode()), i]), spec)
             row = {
-                "image": _png(example.image),
                 "question": example.question,
                 "answer": example.answer,
                 "metadata": json.dumps(example.metadata(), separators=(",", ":")),
             }
-            yield i, row
+            yield i, row | ({"image": _png(example.image)} if self._has_images else {})
 
 
 def _png(gray: np.ndarray) -> bytes:

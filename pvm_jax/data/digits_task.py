@@ -1,13 +1,14 @@
 """Reading mosaics of real handwritten digits: the task of the embedded experiment, in numpy.
 
 A mosaic has 6x6 cells of 32x32 pixels, one digit each, so that one cell is one merged visual token. The question
-names an order, a first and a last cell and a style; the answer reads the cells in that order with their running
-sum modulo 10:
+names an order, a first and a last cell and a style; the answer reads the cells in that order. A terse one adds the
+running sum modulo 10 to each read, a verbose one pads each read with words:
 
-    question          Sum rows forward from Au to Aw, terse
+    question          Read rows forward from Au to Aw, terse
     terse answer      Reading Au seven seven Av three zero Aw nine nine              3 tokens a read
-    verbose answer    Reading Au is seven, so the running total of all digits becomes seven; Av is ...
+    verbose answer    Reading Au seven, which somebody wrote by hand in ink a while ago; Av three, ...
                                                                                     14 tokens a read
+A digit follows the name of its cell in both, so that the cell's own token looks it up.
 Rows are A..F, columns u..z. No cell is read twice, so a digit can only come from the image, never from earlier text.
 Words instead of figures because Qwen's pre-tokenizer splits figures from their space; every word here is one token
 of the tokenizer in `digits_tokenizer.py`.
@@ -29,7 +30,7 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 STYLES = ("terse", "verbose")
 ORDERS = ("rows forward", "rows backward", "columns forward", "columns backward")
 OPENING = "Reading"
-FILLER = "so the running total of all digits becomes"
+FILLER = "which somebody wrote by hand in ink a while ago"
 TOKENS_PER_READ = {"terse": 3, "verbose": 14}
 
 
@@ -108,10 +109,10 @@ def write_answer(style: str, cells: list[int], digits: list[int]) -> tuple[str, 
     text, spans, total = OPENING, [], 0
     for cell, digit in zip(cells, digits, strict=True):
         total = (total + digit) % 10
-        text += f" {NAMES[cell]} " if style == "terse" else f" {NAMES[cell]} is "
+        text += f" {NAMES[cell]} "
         spans.append((len(text), len(text) + len(WORDS[digit])))
         text += WORDS[digit]
-        text += f" {WORDS[total]}" if style == "terse" else f", {FILLER} {WORDS[total]};"
+        text += f" {WORDS[total]}" if style == "terse" else f", {FILLER};"
     return text, spans
 
 
@@ -160,7 +161,7 @@ def make_example(rng: np.random.Generator, spec: Spec) -> Example:
         image = draw_mosaic(rng, labels, spec.digits)
     return Example(
         image=image,
-        question=f"Sum {order} from {NAMES[cells[0]]} to {NAMES[cells[-1]]}, {style}",
+        question=f"Read {order} from {NAMES[cells[0]]} to {NAMES[cells[-1]]}, {style}",
         answer=answer,
         style=style,
         order=order,

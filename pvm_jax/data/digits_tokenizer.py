@@ -51,8 +51,8 @@ CHAT_TEMPLATE = """\
 
 def task_words() -> list[str]:
     """Every word that is to be one token, with the space before it where it has one."""
-    inside = [*STYLES, *" ".join(ORDERS).split(), "from", "to", "is", *FILLER.split(), *WORDS, *NAMES]
-    return ["Sum", OPENING, "user", "assistant", *(" " + word for word in dict.fromkeys(inside))]
+    inside = [*STYLES, *" ".join(ORDERS).split(), "from", "to", *FILLER.split(), *WORDS, *NAMES]
+    return ["Read", OPENING, "user", "assistant", *(" " + word for word in dict.fromkeys(inside))]
 
 
 def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
