@@ -111,6 +111,8 @@ def test_every_size_lowers_for_256_tpus(size):
     assert "tpu_custom_call" in text, "splash attention"
     assert not re.search(r"16384x16384", text), "no matrix of scores or booleans"
     assert not re.search(r"16384x151936|151936x16384", text), "no logits of a whole row"
+    alone = len(step.recipe.model.pvm.layers)
+    assert text.count("optimization_barrier") == alone, "layers outside of loops are recomputed when their turn comes"
 
 
 def test_frozen_weights_are_small_and_have_no_optimizer_state():
