@@ -111,6 +111,8 @@ def test_every_size_lowers_for_256_tpus(size):
     assert "tpu_custom_call" in text, "splash attention"
     assert not re.search(r"16384x16384", text), "no matrix of scores or booleans"
     assert not re.search(r"16384x151936|151936x16384", text), "no logits of a whole row"
+    alone = len(step.recipe.model.pvm.layers)
+    assert text.count("optimization_barrier") == alone, "layers outside of loops are recomputed when their turn comes"
 
 
 def test_frozen_weights_are_small_and_have_no_optimizer_state():
@@ -221,6 +223,14 @@ HloModule jit_update, is_scheduled=true
   ROOT %c = bf16[3,64,32]{2,1,0} convolution(%p0, %p1), window={size=3 pad=2_2 rhs_reversal=1}, dim_labels=0bf_0io->0bf
 }
 
+%begun (c: bf16[8,2]) -> bf16[64,2] {
+  ROOT %g0 = bf16[64,2]{1,0} all-gather(%c), channel_id=5, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
+%ended (d: bf16[8,2]) -> bf16[64,2] {
+  ROOT %g1 = bf16[64,2]{1,0} all-gather(%d), channel_id=5, dimensions={0}, frontend_attributes={chain_id="3"}
+}
+
 %below (q: (u32[], bf16[3,64,32])) -> pred[] {
   %q = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) parameter(0)
   %limit = u32[]{:T(128)} constant(7)
@@ -234,6 +244,8 @@ HloModule jit_update, is_scheduled=true
   %j = u32[]{:T(128)} get-tuple-element(%p), index=0
   %next = u32[]{:T(128)} add(%j, %two)
   %f = bf16[3,64,32]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%product, backend_config={"estimated_cycles":"9"}
+  %start = (bf16[8,2], bf16[64,2]) fusion(%c), kind=kCustom, calls=%begun
+  %done = bf16[64,2] fusion(%start), kind=kCustom, calls=%ended
   ROOT %t = (u32[]{:T(128)}, bf16[3,64,32]{2,1,0:T(8,128)(2,1)}) tuple(%next, %f)
 }
 
@@ -250,6 +262,7 @@ def test_loops_and_products_as_tpu_compilers_write_them():
     program = Program(TPU_HLO)
     assert program.cycles() == 4 * 9, "0, 2, 4, 6 are below 7"
     assert program.flops() == (4 * 3 + 1) * 2 * 64 * 16 * 32
+    assert program.collectives() == {"all-gather": 4 * 64 * 2 * 2}, "its start and its end are one"
 
 
 def test_loops_count_once_a_trip():

@@ -50,8 +50,10 @@ def scan_layers(
         params, extra = inputs
         return apply(nnx.merge(graphdef, params), carry, extra), None
 
+    alone = jax.tree.leaves(params)[0].shape[0] == 1
     if remat:
-        body = jax.checkpoint(body, prevent_cse=False)
-    if jax.tree.leaves(params)[0].shape[0] == 1:
+        # Outside of a loop the compiler could merge the second computation with the first, or begin it early.
+        body = jax.checkpoint(body, prevent_cse=alone)
+    if alone:
         return body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))[0]
     return jax.lax.scan(body, carry, (params, per_layer))[0]

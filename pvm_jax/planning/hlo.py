@@ -17,6 +17,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BELOW = re.compile(r"^\s*ROOT .* compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\(")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _PRODUCT = re.compile(r" (dot|convolution)\(%?([\w.\-]+), %?([\w.\-]+)\)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -40,9 +41,15 @@ class Program:
     def collectives(self) -> dict[str, float]:
         """Bytes that come out of each kind of collective on one device, in one call of the program."""
         total: dict[str, float] = defaultdict(float)
-        # The TPU compiler puts collectives into fusions, too, to run them beside a product.
+        chains: set[str] = set()
+        # The TPU compiler puts collectives into fusions, too, to run them beside products: one stands in several
+        # fusions then, from its start to its end, always with the same chain.
         for line, times in (*self._instructions(), *self._instructions(self._fused)):
             if found := _COLLECTIVE.search(line):
+                if chain := _CHAIN.search(line):
+                    if chain[1] in chains:
+                        continue
+                    chains.add(chain[1])
                 result = found[1]
                 if found[3]:  # asynchronous: (operands, results, ...); the results are the second part
                     sizes = [_bytes(*shape) for shape in _SHAPE.findall(result)]
