@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if unknown := [word for word in words if word not in ARGUMENTS]:
         raise ValueError(f"configs/digits_sft.py: expected some of {', '.join(ARGUMENTS)}, got {unknown}")
     config = common.get_config()
-    config.steps = 800
+    config.steps = 650
     config.model.path = "runs/digits-slots" if "slots" in words else "runs/digits-pvm"
 
     data = config.data
@@ -49,10 +49,10 @@ def get_config(argument: str = "") -> ConfigDict:
     data.patches = (144,)
     blind = {"vision_masked": 1.0, "samples": 32, "length": (128,)}
     data.streams = {
-        "blind": blind | {"split": "sft_64", "start": 40},
+        "blind": blind | {"split": "sft_64", "start": 40, "stop": 250},
         "blind_easy": blind | {"split": "sft_easy", "stop": 100},
         "blind_long": blind | {"split": "sft_256", "start": 100, "samples": 16, "length": (320,)},
-        "long": {"split": "sft_256", "start": 300, "samples": 8, "length": (320,)},
+        "long": {"split": "sft_256", "start": 250, "samples": 8, "length": (320,)},
     }
     data.loss_normalization = "token"
 
