@@ -258,7 +258,7 @@ class Cluster:
             token.touch()
         try:
             name = self.exchange("workdir/token", token.name)[0]
-            seen = _appears(directory / name, seconds=min(10.0, self._limit))
+            seen = _appears(directory / name, seconds=min(10.0, self._limit / 2))  # the others wait
             answers = self.exchange("workdir/seen", "yes" if seen else "no")
         finally:
             if self.index == 0:

@@ -239,6 +239,16 @@ def test_evaluator_of_the_training_loop_returns_sums_and_counts(model_dir, proce
     assert metrics["test_128/normal/exact"][1] == 2
 
 
+def test_the_next_evaluation_of_a_run_compiles_nothing(model_dir, processor, protocol):
+    """A training loop puts its model together anew each time."""
+    options = dataclasses.asdict(protocol) | {"splits": ("test_128",), "conditions": ("normal",), "limit": 2}
+    evaluator, model = make_evaluator(processor, **options), make_model(model_dir, pvm=False)
+    first = evaluator(model)
+    compiled = scoring._score._cache_size()
+    assert evaluator(nnx.merge(*nnx.split(model))) == first
+    assert scoring._score._cache_size() == compiled
+
+
 def test_settings_that_cannot_be_used_are_refused(data):
     with pytest.raises(DataError, match=r"conditions: expected some of .*, got \['blind'\]"):
         Protocol(path=str(data), splits=("test_64",), conditions=("blind",))

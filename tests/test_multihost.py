@@ -5,27 +5,35 @@ loopback then train, lose one of them, and go on as one.
 """
 
 import dataclasses
+import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import test_loader
+import tiny
 import training_runs
 from test_loader import Memory, processor  # noqa: F401  a fixture
 
 from pvm_jax import distributed
+from pvm_jax.checkpoint import load_model
 from pvm_jax.data.loader import Loader, Stream
+from pvm_jax.data.processor import Processor
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
-from pvm_jax.sharding import MESH_AXES, local_rows, take_rows
+from pvm_jax.evals import digits
+from pvm_jax.sharding import MESH_AXES, local_rows, make_mesh, take_rows
 from pvm_jax.training.checkpoints import complete_steps
 
 
@@ -131,16 +139,17 @@ def test_exchange_of_a_batch_nobody_needs_ends(ended):
 
 def test_sizes_of_old_batches_are_forgotten(ended):
     clusters = [Cluster(i, 2) for i in range(2)]
-    together(2, lambda i: [clusters[i].exchange_of_step(step, "text", lambda: False) for step in range(5)])
+    said = together(2, lambda i: [clusters[i].exchange_of_step(step, "text", lambda: False) for step in range(5)])
+    assert said == [[["text"] * 2] * 5] * 2
     assert len(distributed._store().key_value_dir_get("pvm_jax/batch/")) <= 4
 
 
 def test_workdir_that_is_not_shared(ended, tmp_path):
-    clusters = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
+    clusters = [Cluster(i, 2, start_limit=1.0) for i in range(2)]
     assert together(2, lambda i: clusters[i].check_shared(tmp_path / "w")) == [None, None]
     assert list((tmp_path / "w").iterdir()) == []
     distributed._store().values.clear()  # of another run
-    again = [Cluster(i, 2, start_limit=0.2) for i in range(2)]
+    again = [Cluster(i, 2, start_limit=1.0) for i in range(2)]
     results = together(2, lambda i: again[i].check_shared(tmp_path / f"of host {i}"))
     for i, error in enumerate(results):
         assert str(error) == (
@@ -179,26 +188,83 @@ def test_guard_tells_before_anything_is_closed(ended):
         raise ZeroDivisionError
 
 
-def test_silent_process_is_named_and_a_finished_one_is_not(ended):
-    clusters = [Cluster(i, 3, silence_limit=2.0) for i in range(3)]
-    clusters[1]._tell("alive", "7 tpu-b")  # and never again
+def test_process_0_ends_when_all_have_heard_why(ended, monkeypatch):
+    """What processes say to each other ends with process 0."""
+    clusters, heard = [Cluster(i, 3, silence_limit=5.0) for i in range(3)], []
+    end = distributed._exit
+
+    def recorded(sentence: str) -> None:
+        if threading.current_thread().name == "process 0":
+            heard.extend(clusters[0]._read()["seen"])
+        end(sentence)
+
+    monkeypatch.setattr(distributed, "_exit", recorded)
 
     def work(i: int) -> None:
-        if i != 1:
-            with clusters[i]:
-                deadline = time.monotonic() + 20
-                while i == 0 and not ended and time.monotonic() < deadline:
-                    time.sleep(0.05)
+        with clusters[i]:
+            if i == 0:
+                raise DistributedError("no")
+            time.sleep(0.3)
+
+    together(3, work)
+    assert sorted(heard) == [1, 2]
+
+
+def test_a_collective_that_breaks_leaves_the_word_to_the_process_that_broke_it(ended):
+    """Process 0 notices first that process 1 is gone, and does not know why."""
+    clusters = [Cluster(i, 2, silence_limit=2.0) for i in range(2)]
+
+    def work(i: int) -> None:
+        with clusters[i]:
+            if i == 0:
+                raise jax.errors.JaxRuntimeError("UNAVAILABLE: connection closed by peer")
+            time.sleep(0.3)
+            raise DistributedError("the disk of this host is full")
+
+    together(2, work)
+    first = next(sentence for name, sentence in ended if name == "watch")
+    assert first == f"process 1 (host {socket.gethostname()}) failed: the disk of this host is full"
+
+
+def test_silent_process_is_named_and_a_finished_one_is_not(ended):
+    """Process 1 has finished long ago when process 2 falls silent."""
+    clusters = [Cluster(i, 3, silence_limit=1.0) for i in range(3)]
+
+    def work(i: int) -> None:
+        if i == 2:
+            for beat in range(8):
+                clusters[2]._tell("alive", f"{beat} tpu-b")
+                time.sleep(0.1)
+            return
+        with clusters[i]:
+            deadline = time.monotonic() + 20
+            while i == 0 and not ended and time.monotonic() < deadline:
+                time.sleep(0.05)
 
     together(3, work)
     assert [sentence for _, sentence in ended] == [
-        "no sign of life from process 1 (host tpu-b) for 2 s; start the run again, it goes on from its last checkpoint"
+        "no sign of life from process 2 (host tpu-b) for 1 s; start the run again, it goes on from its last checkpoint"
     ]
 
 
+def test_a_process_that_was_suspended_accuses_nobody(ended, monkeypatch):
+    """Its clock has gone on by 100 seconds between two looks at signs that come every 0.3."""
+    cluster, wakes = Cluster(0, 2, silence_limit=5.0), time.monotonic() + 0.5
+    clock = types.SimpleNamespace(
+        sleep=time.sleep, monotonic=lambda: time.monotonic() + (100 if time.monotonic() > wakes else 0)
+    )
+    monkeypatch.setattr(distributed, "time", clock)
+    with cluster:
+        for beat in range(5):
+            Cluster(1, 2)._tell("alive", f"{beat} tpu-b")
+            time.sleep(0.3)
+    assert ended == []
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
-    """A step is a collective that waits for the other process; hosts run up to two steps ahead of it."""
+def test_sigterm_stops_all_processes_after_the_same_step(ended, seed):
+    """A step is a collective that waits for the other process; hosts run up to two steps ahead of it. The signal
+    reaches one process (even seeds) or both."""
     rng = np.random.default_rng(seed)
     clusters = [Cluster(i, 2) for i in range(2)]
     begun = [threading.Semaphore(0), threading.Semaphore(0)]
@@ -214,7 +280,7 @@ def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
                 if step > 2:  # the result of step - 2 needs the other process to have begun it
                     assert begun[1 - i].acquire(timeout=10)
                 time.sleep(pauses[i][step])
-                if step == signal_at and i == 1:
+                if step == signal_at and (i == 1 or seed % 2):
                     cluster._on_sigterm(signal.SIGTERM, None)
                 if cluster.stop_after(step):
                     return step
@@ -224,11 +290,31 @@ def test_sigterm_of_one_process_stops_all_after_the_same_step(ended, seed):
     assert first == second and (first >= signal_at or signal_at == 0)
 
 
+def test_sigterm_after_another_process_has_finished(ended):
+    """Nobody waits for an answer of a process that gives none any more."""
+    clusters = [Cluster(i, 2) for i in range(2)]
+
+    def work(i: int) -> list[bool]:
+        with clusters[i] as cluster:
+            stops = [cluster.stop_after(step) for step in range(3)]
+            if i == 1:
+                while 0 not in cluster._read()["done"]:
+                    time.sleep(0.01)
+                cluster._on_sigterm(signal.SIGTERM, None)
+                time.sleep(0.1)
+                stops.append(cluster.stop_after(3))
+        return stops
+
+    assert together(2, work) == [[False] * 3, [False] * 3 + [True]]
+
+
 def test_sigterm_reaches_a_single_process():
+    before = signal.getsignal(signal.SIGTERM)
     with Cluster(stops=True) as cluster:
         assert not cluster.stop_after(1)
         os.kill(os.getpid(), signal.SIGTERM)
         assert cluster.stop_after(2)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---- Joining -----------------------------------------------------------------------------------------------------
@@ -361,48 +447,120 @@ def test_rows_of_a_process(monkeypatch, sizes, process, expected):
 # ---- Two processes over loopback ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
-    flags = ("--config.steps=600", "--config.checkpoint.every=3")
-    return training_runs.Setting.write(tmp_path_factory.mktemp("hosts"), small_checkpoint, flags)
+class Pair:
+    """A program in two processes of two devices each; with `with`, neither outlives the block."""
 
+    def __init__(self, folder: Path, program: str, *flags: str):
+        port = free_port()
+        # The programs that the first pair compiles are there for the next.
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        env = os.environ | cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        self._logs = [folder / f"log-{port}-{i}" for i in range(2)]
+        self.processes = []
+        for i in range(2):
+            argv = [sys.executable, program, *flags, f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
+            with self._logs[i].open("w") as log:
+                process = subprocess.Popen(
+                    [*argv, f"--process_id={i}"], cwd=training_runs.ROOT, env=env, stdout=log, stderr=log
+                )
+            self.processes.append(process)
 
-def test_two_processes_train_as_one_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
-    """Two processes of two devices each, parameters split over all four; process 1 is killed; one process goes on."""
-    workdir, silence = tmp_path / "w", 20
-    port = free_port()
-    pair = []
-    for i in range(2):
-        argv = [sys.executable, "train.py", *setting.flags, f"--workdir={workdir}"]
-        argv += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
-        argv += [f"--silence_limit={silence}"]
-        env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-        log = (tmp_path / f"log{i}").open("w")
-        pair.append(subprocess.Popen(argv, cwd=training_runs.ROOT, env=env, stdout=log, stderr=log))
-    try:
-        deadline = time.monotonic() + 900
-        while len(complete_steps(workdir / "checkpoints")) < 2:
-            assert pair[0].poll() is None and time.monotonic() < deadline, (tmp_path / "log0").read_text()[-3000:]
-            time.sleep(0.05)
-        pair[1].send_signal(signal.SIGKILL)
-        assert pair[0].wait(timeout=silence + 60) == 1
-    finally:
-        for process in pair:
+    def __enter__(self) -> "Pair":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
             process.kill()
             process.wait()
-    message = (tmp_path / "log0").read_text().splitlines()[-1]
-    assert message == (
-        f"error: no sign of life from process 1 (host {socket.gethostname()}) for {silence} s; "
-        "start the run again, it goes on from its last checkpoint"
+
+    def log(self, i: int = 0) -> str:
+        return self._logs[i].read_text()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 900
+        while not condition():
+            assert self.processes[0].poll() is None and time.monotonic() < deadline, self.log()[-3000:]
+            time.sleep(0.05)
+
+    def statuses(self, timeout: float) -> list[int]:
+        return [process.wait(timeout) for process in self.processes]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
+    """A run that evaluates every four steps on six rows, some of whose answers' tokens count as reads."""
+    folder = tmp_path_factory.mktemp("hosts")
+    tokenizer = Processor.from_pretrained(small_checkpoint).tokenizer
+    rows = []
+    for i in range(6):
+        tiny.image(i, 32, 64).save(folder / f"{i}.png")
+        answer = tiny.text(70 + i, 8)
+        offsets = tokenizer(answer, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+        rows.append({"id": f"{i}", "prompt": tiny.text(90 + i, 5), "completion": answer, "images": [f"{i}.png"],
+                     "metadata": {"digit_spans": offsets[1::3]}})  # fmt: skip
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    protocol = {"module": "pvm_jax.evals.digits", "path": str(folder / "answers.jsonl"), "splits": ["all"],
+                "samples": 4, "length": [64], "patches": [16]}  # fmt: skip
+    (folder / "hosts.py").write_text(
+        "from configs import sft, digits_eval\n\n\ndef get_config(argument):\n"
+        "    config = (digits_eval if argument == 'eval' else sft).get_config('smoke').unlock()\n"
+        f"    config.evals = {{'digits': {protocol!r} | ({{}} if argument == 'eval' else {{'every': 4}})}}\n"
+        "    return config.lock()\n"
     )
+    flags = (f"--config={folder / 'hosts.py'}:sft", "--config.steps=600", "--config.checkpoint.every=3")
+    return training_runs.Setting.write(folder, small_checkpoint, flags)
+
+
+def test_two_processes_train_and_evaluate_as_one_stop_lose_one_and_go_on_as_one(setting, tmp_path, monkeypatch, capsys):
+    """Two processes of two devices each, parameters split over all four. SIGTERM to one of them saves and ends both;
+    two new ones go on; process 1 is killed; one process with four devices goes on.
+    """
+    workdir, silence = tmp_path / "w", 20
+    flags = (*setting.flags, f"--workdir={workdir}", f"--silence_limit={silence}")
+    with Pair(tmp_path, "train.py", *flags) as pair:
+        pair.until(lambda: complete_steps(workdir / "checkpoints") != [])
+        pair.processes[1].send_signal(signal.SIGTERM)
+        assert pair.statuses(timeout=300) == [distributed.PREEMPTED] * 2, pair.log()[-3000:]
+        stopped = max(complete_steps(workdir / "checkpoints"))
+        assert f"stopped by SIGTERM after step {stopped} of 600; start again to go on" in pair.log()
+
+    with Pair(tmp_path, "train.py", *flags) as pair:
+        pair.until(lambda: max(complete_steps(workdir / "checkpoints")) > stopped)
+        pair.processes[1].send_signal(signal.SIGKILL)
+        assert pair.processes[0].wait(timeout=silence + 60) == 1
+        assert f"resuming from step {stopped}" in pair.log()
+        assert pair.log().splitlines()[-1] == (
+            f"error: no sign of life from process 1 (host {socket.gethostname()}) for {silence} s; "
+            "start the run again, it goes on from its last checkpoint"
+        )
 
     last = max(complete_steps(workdir / "checkpoints"))
     train_until(last + 2, monkeypatch, setting, workdir, start=last)
     assert f"resuming from step {last}" in capsys.readouterr().out
     train_until(last + 2, monkeypatch, setting, tmp_path / "whole")
-    got, want = training_runs.losses(workdir), training_runs.losses(tmp_path / "whole")
-    assert len(got) == len(want) == last + 2
-    np.testing.assert_allclose(got, want, rtol=1e-5)
+    got, want = training_runs.without_speeds(workdir), training_runs.without_speeds(tmp_path / "whole")
+    assert [line.keys() for line in got] == [line.keys() for line in want]
+    assert sum("loss" in line for line in got) == last + 2
+    evaluated = [line for line in got if "digits/all/normal/reads" in line]
+    assert [line["step"] for line in evaluated] == list(range(4, last + 3, 4))
+    for one, other in zip(got, want):
+        np.testing.assert_allclose([*one.values()], [*other.values()], rtol=1e-5, err_msg=str(one["step"]))
+
+
+def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoint, tmp_path):
+    config_file = setting.folder / "hosts.py"
+    flags = (f"--config={config_file}:eval", f"--config.checkpoint={small_checkpoint}", f"--workdir={tmp_path}")
+    with Pair(tmp_path, "eval.py", *flags) as pair:
+        assert pair.statuses(timeout=900) == [0, 0], pair.log()[-3000:] + pair.log(1)[-3000:]
+        assert "results:" in pair.log() and "results:" not in pair.log(1)
+    mesh = make_mesh(fsdp=4, devices=jax.devices()[:4])
+    options = runpy.run_path(str(config_file))["get_config"]("eval").to_dict()["evals"]["digits"]
+    del options["module"]
+    processor = Processor.from_pretrained(small_checkpoint)  # noqa: F811
+    summary, records, _ = digits.run(load_model(small_checkpoint, scan=True, mesh=mesh), processor, mesh, **options)
+    assert json.loads((tmp_path / "digits.json").read_text())["summary"] == json.loads(json.dumps(summary))
+    assert [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()] == records
+    assert len(records) == 6 * 3  # conditions
 
 
 def train_until(step: int, patch: pytest.MonkeyPatch, setting, workdir, start: int = 0) -> None:

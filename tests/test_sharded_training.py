@@ -127,14 +127,14 @@ def test_parameters_and_moments_are_spread(stage, small_checkpoint):
 def test_weights_are_read_a_shard_at_a_time(small_checkpoint, monkeypatch):
     """Of a Hugging Face checkpoint nothing is read that does not go to a device of this process, and only once a
     device: a host never holds more than its own part."""
-    read, pieces = HFWeights._read, []
+    read, pieces = HFWeights._part, []
 
     def recorded(self, path, index, dtype):
         piece = read(self, path, index, dtype)
         pieces.append((path, piece.size))
         return piece
 
-    monkeypatch.setattr(HFWeights, "_read", recorded)
+    monkeypatch.setattr(HFWeights, "_part", recorded)
     mesh = make_mesh(1, 4, 2)
     state = nnx.state(abstract_model(ModelConfig.load(small_checkpoint)))
     params = load_params(small_checkpoint, abstract_params(state, mesh))

@@ -36,22 +36,33 @@ def make_scorer(model: Qwen3VL, mesh: Mesh | None = None, chunk: int = 128) -> S
     graph, state = nnx.split(model)
     everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())  # each process reads all of it
 
-    @functools.partial(jax.jit, out_shardings=everywhere)
-    def score(state: nnx.State, batch: Batch, memory_order: Int[Array, " B"]) -> Bool[Array, "B T"]:
-        model = nnx.merge(graph, state)
-        visual = model.encode_images(batch)
-        hidden = model(batch, visual=visual, memory=visual.tokens[memory_order])
-        return (
-            jnp.pad(chosen_tokens(model, hidden, chunk)[:, :-1], ((0, 0), (1, 0)), constant_values=-1) == batch.tokens
-        )
-
     def scorer(batch: Batch, memory_order: Any) -> Bool[Array, "B T"]:
         order = np.asarray(memory_order, np.int32)
         if mesh is None:
-            return score(state, jax.device_put(batch), order)
-        return score(state, shard_batch(take_rows(batch, local_rows(len(order), mesh)), mesh), order)
+            placed = jax.device_put(batch)
+        else:
+            placed = shard_batch(take_rows(batch, local_rows(len(order), mesh)), mesh)
+        return _score(state, placed, order, graph, chunk, everywhere)
 
     return scorer
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk", "everywhere"))
+def _score(
+    state: nnx.State,
+    batch: Batch,
+    memory_order: Int[Array, " B"],
+    graph: nnx.GraphDef,
+    chunk: int,
+    everywhere: NamedSharding | None,
+) -> Bool[Array, "B T"]:
+    """Out here, so that each evaluation of a training run finds the program of the one before."""
+    model = nnx.merge(graph, state)
+    visual = model.encode_images(batch)
+    hidden = model(batch, visual=visual, memory=visual.tokens[memory_order])
+    chosen = chosen_tokens(model, hidden, chunk)[:, :-1]
+    right = jnp.pad(chosen, ((0, 0), (1, 0)), constant_values=-1) == batch.tokens
+    return right if everywhere is None else jax.lax.with_sharding_constraint(right, everywhere)
 
 
 def chosen_tokens(model: Qwen3VL, hidden: Array, chunk: int) -> Int[Array, "B T"]:
