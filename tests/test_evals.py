@@ -56,8 +56,9 @@ def base_data(tmp_path_factory) -> dict[str, Path]:
             "easy": (3, Spec("train", 40, blocks=1.0)),
             "short": (3, Spec("train", 40)),
             "chains": (3, Spec("train", 60, blank=True)),
+            "spans": (3, Spec("train", 60, blank=True)),
         },
-        "text": {name: (3, Spec("train", 16, verbose=0.0, blank=True)) for name in ("ends", "spans")},
+        "text": {"ends": (3, Spec("train", 16, verbose=0.0, blank=True))},
     }
     folder = tmp_path_factory.mktemp("digits_base_data")
     with pytest.MonkeyPatch.context() as patch:
@@ -355,8 +356,8 @@ def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_p
         return {key for line in lines for key in line if key.startswith("loss/")}
 
     assert train("smoke", tmp_path / "see") == {"loss/easy", "loss/short"}
-    text = [f"--config.data.streams.{name}.path={base_data['text']}" for name in ("ends", "spans")]
-    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", *text)
+    text = f"--config.data.streams.ends.path={base_data['text']}"
+    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", text)
     assert kinds == {"loss/chains", "loss/ends", "loss/short", "loss/spans"}
 
 
