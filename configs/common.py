@@ -41,9 +41,8 @@ def get_config() -> ConfigDict:
             "data": {
                 "path": placeholder(str),  # JSONL or parquet: file, folder or glob; or a TFDS directory
                 "split": "train",  # of a TFDS directory
-                "image_folder": placeholder(
-                    str
-                ),  # folder, .zip, .tar or glob; None: the folder of the file with the row
+                # A folder, .zip or .tar, or a glob of them; None: the folder of the file that names the image.
+                "image_folder": placeholder(str),
                 "rename": (),  # ((column, field), ...) where columns have other names than data/records.py knows
                 "samples": 64,  # in each batch
                 "length": (1024, 2048, 4096),  # T, tokens a row: the smallest that holds a batch's longest sample

@@ -9,8 +9,8 @@ Launch, from the repository's root (`make base`):
 In the first run only config.json, tokenizer and processor files are taken from `model.path`; weights are random,
 fan-in scaled. The second goes on from the first.
 
-Recipe: a model that reads mosaics well in short answers and writes long answers without fault, so that what fails
-beyond the trained length is reading. Kinds of batches:
+Recipe: a model that reads mosaics well in short answers and has seen long ones as text, so that what fails beyond the
+trained length is reading. Kinds of batches:
     easy     first run, steps 0-600: 40 % of the mosaics are blocks of equal digits
     short    from step 600, and in the second run: answers of at most 37 tokens, two reads of a verbose answer
     chains   second run: answers of up to 505 tokens over a blank mosaic, without loss on the digits
