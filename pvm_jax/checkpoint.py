@@ -198,7 +198,7 @@ def checksum(path: str | Path) -> str:
     return f"{fingerprint.of_orbax(checkpoint.trainable)} on {base}"
 
 
-class _OneKey(nnx.Rngs):
+class OneKey(nnx.Rngs):
     """The same key for every parameter of a model whose values are never computed.
 
     `nnx.Rngs` counts its keys, and each count takes time that grows with what has been traced: 4 s for a model of 36
@@ -211,7 +211,7 @@ class _OneKey(nnx.Rngs):
 
 def abstract_model(config: ModelConfig, **options: Any) -> Qwen3VL:
     """A model of shapes alone, see `nnx.eval_shape`; the options are those of `Qwen3VL`."""
-    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=_OneKey(0), **options))
+    return nnx.eval_shape(lambda: Qwen3VL(config, rngs=OneKey(0), **options))
 
 
 def abstract_params(state: nnx.State, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from pvm_jax.checkpoint import Checkpoint, load_params
+from pvm_jax.checkpoint import Checkpoint, OneKey, load_params
 from pvm_jax.config import ModelConfig
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
@@ -81,7 +81,7 @@ class Blueprint:
         self._config, self._options, self._stage, self._mesh = config, options, stage, mesh
         platform = platform or mesh.devices.flat[0].platform
         self._attention = attention_kernels.choose(options.attention, platform, mesh, options.compute_dtype)
-        abstract = nnx.eval_shape(lambda: self._build(nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: self._build(OneKey(0)))
         self.partition = Partition(abstract, table)
         if options.init == "random" and self.partition.frozen:
             raise TrainingError(
@@ -93,7 +93,7 @@ class Blueprint:
         self.shardings = {
             name: NamedSharding(mesh, PartitionSpec()) for name in (*self.partition.trainable, *self.partition.frozen)
         }
-        model = nnx.state(nnx.eval_shape(lambda: self._model(nnx.Rngs(0))))
+        model = nnx.state(nnx.eval_shape(lambda: self._model(OneKey(0))))
         self._model_names = tuple(flatten(model))
         self.shardings |= {n: v.get_value() for n, v in flatten(param_shardings(model, mesh)).items()}
         trainable = set(self.partition.trainable)
