@@ -5,6 +5,9 @@ How it is fast:
     ended. The state (cache, last tokens, random keys) is donated: the cache is updated in place.
   - Attention reads all the slots a cache has, so the cache starts with room for 64 new tokens and doubles that room
     when it is used up: a short answer does not pay for a long limit.
+  - Several answers to one prompt (`samples`) share its vision pass and its prefill: the cache's rows are repeated.
+  - With `compact`, rows that have ended leave the batch whenever half of it has: the rest goes on in a smaller program.
+    That is for callers who generate often; each size is compiled once.
   - Programs depend on shapes (rows, prompt, cache) and on `sampling.Switches`; numbers of the sampler, stop tokens
     and max_new_tokens are inputs.
   - A model that lies on a mesh generates there: rows, cache and visual memory are spread over data and fsdp, heads over
@@ -26,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import KVCache, Qwen3VL
-from pvm_jax.models.cache import cache_shardings
+from pvm_jax.models.cache import cache_shardings, take_cache_rows
 from pvm_jax.sampling import (
     GenerationError,
     Sampling,
@@ -68,11 +71,15 @@ def complete(
     stop_token_ids: Sequence[int] = (),
     banned_token_ids: Sequence[int] | Int[np.ndarray, " banned"] = (),
     seed: int | Sequence[int] = 0,
+    samples: int = 1,
+    compact: bool = False,
 ) -> Completions:
     """Continues every row of a batch; a row's tokens depend on the row alone.
 
     Args:
       batch: one prompt a row, padded on the right.
+      samples: answers to each prompt; those to prompt i are rows i * samples to (i + 1) * samples - 1.
+      compact: drop rows that have ended, by halves, as the module's docstring says.
       stop_token_ids: end a row; none: always max_new_tokens.
       banned_token_ids: are never chosen.
       seed: see `sampling.row_keys`.
@@ -83,28 +90,62 @@ def complete(
     if max_new_tokens < 1:
         raise GenerationError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     switches, settings = make_settings(model, sampling, stop_token_ids, banned_token_ids)
-    keys = row_keys(seed, batch.tokens.shape[0])
+    rows = batch.tokens.shape[0] * samples
+    keys = row_keys(seed, rows)
     graphdef, params = nnx.split(model)
     prompt, mesh = batch.tokens.shape[1], mesh_of(params)
-    if mesh is not None and batch.tokens.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0:
+    if mesh is not None and batch.tokens.shape[0] % _ways(mesh) == 0:
         batch = shard_batch(take_rows(batch, local_rows(batch.tokens.shape[0], mesh)), mesh)
     rooms = cache_rooms(max_new_tokens - 1)  # the last token is never fed back, so it needs no slot
 
     capacity = prompt + next(rooms, 0)
     static = {"switches": switches, "mesh": mesh}
-    state, token, logprob = prefill(graphdef, params, batch, keys, settings, capacity=capacity, **static)
-    tokens, logprobs, generated = [np.asarray(token)[:, None]], [np.asarray(logprob)[:, None]], 1
-    while generated < max_new_tokens and not np.asarray(state.finished).all():
-        free = state.cache.capacity - prompt - (generated - 1)
+    state, token, logprob = prefill(
+        graphdef, params, batch, keys, settings, capacity=capacity, samples=samples, **static
+    )
+    made = _Made(rows, max_new_tokens)
+    made.add(np.asarray(token)[:, None], np.asarray(logprob)[:, None])
+    while made.length < max_new_tokens and not (finished := np.asarray(state.finished)).all():
+        if compact and (keep := made.keep(finished, ways=_ways(mesh))) is not None:
+            state = take_rows_of_state(graphdef, params, state, keep, mesh=mesh)
+        free = state.cache.capacity - prompt - (made.length - 1)
         if free == 0:
             state = state.replace(cache=_grow(state.cache, prompt + next(rooms)))
             continue
-        limit = np.int32(min(CHUNK, free, max_new_tokens - generated))
+        limit = np.int32(min(CHUNK, free, max_new_tokens - made.length))
         state, token, logprob, steps = decode(graphdef, params, state, limit, settings, **static)
-        tokens.append(np.asarray(token)[:, : int(steps)])
-        logprobs.append(np.asarray(logprob)[:, : int(steps)])
-        generated += int(steps)
-    return _completions(np.concatenate(tokens, axis=1), np.concatenate(logprobs, axis=1), stop_token_ids)
+        made.add(np.asarray(token)[:, : int(steps)], np.asarray(logprob)[:, : int(steps)])
+    return _completions(made.tokens[:, : made.length], made.logprobs[:, : made.length], stop_token_ids)
+
+
+class _Made:
+    """What has been generated, by row of the whole batch, while only some of its rows are still computed."""
+
+    def __init__(self, rows: int, limit: int):
+        self.tokens = np.zeros((rows, limit), np.int32)
+        self.logprobs = np.zeros((rows, limit), np.float32)
+        self.length = 0
+        self._rows = np.arange(rows)
+
+    def add(self, tokens: Int[np.ndarray, "R n"], logprobs: Float[np.ndarray, "R n"]) -> None:
+        columns = slice(self.length, self.length + tokens.shape[1])
+        self.tokens[self._rows, columns] = tokens
+        self.logprobs[self._rows, columns] = logprobs
+        self.length = columns.stop
+
+    def keep(self, finished: Bool[np.ndarray, " R"], ways: int) -> Int[np.ndarray, " half"] | None:
+        """Which of the R rows to go on with, unfinished ones first; None while more than half of them are going on.
+
+        Sizes are halves of the first one, as long as they divide over `ways` devices.
+        """
+        size, needed = len(finished), int((~finished).sum())
+        while size % 2 == 0 and (size // 2) % ways == 0 and needed <= size // 2:
+            size //= 2
+        if size == len(finished):
+            return None
+        keep = np.argsort(finished, kind="stable")[:size]
+        self._rows = self._rows[keep]
+        return keep
 
 
 def make_settings(
@@ -178,7 +219,7 @@ def cache_rooms(needed: int) -> Iterator[int]:
         room *= 2
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity", "mesh"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("switches", "capacity", "samples", "mesh"))
 def prefill(
     graphdef,
     params,
@@ -188,9 +229,10 @@ def prefill(
     *,
     switches: Switches,
     capacity: int,
+    samples: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[State, Array, Array]:
-    """State after the prompt, and each row's first token with its log-probability.
+    """State after the prompt, and each row's first token with its log-probability; `samples` rows a prompt.
 
     `mesh`: where the model lies; None: on one device.
     """
@@ -202,15 +244,20 @@ def prefill(
     real = batch.segment_ids > 0
     last = jnp.sum(real, axis=1) - 1
     vocab = model.config.text.vocab_size
+    logits = model.logits(hidden[jnp.arange(rows), last])
+    history = prompt_history(batch.tokens, real, vocab) if switches.history else None
+    if samples > 1:
+        row = jnp.repeat(jnp.arange(rows), samples)
+        cache, logits = take_cache_rows(cache, row, model.config, model.scan), logits[row]
+        history = None if history is None else history[row]
     state = State(
         cache=cache,
-        tokens=jnp.zeros((rows,), jnp.int32),
-        finished=jnp.zeros((rows,), bool),
+        tokens=jnp.zeros((rows * samples,), jnp.int32),
+        finished=jnp.zeros((rows * samples,), bool),
         step=jnp.zeros((), jnp.int32),
         keys=keys,
-        history=prompt_history(batch.tokens, real, vocab) if switches.history else None,
+        history=history,
     )
-    logits = model.logits(hidden[jnp.arange(rows), last])
     state, logprob = _choose(logits, state, settings, switches)
     return _spread(state, model, mesh), *_everywhere((state.tokens, logprob), mesh)
 
@@ -246,6 +293,26 @@ def decode(
     empty = jnp.zeros((rows, CHUNK), jnp.int32), jnp.zeros((rows, CHUNK), jnp.float32)
     state, *made = jax.lax.while_loop(unfinished, step, (state, *empty, jnp.zeros((), jnp.int32)))
     return _spread(state, model, mesh), *_everywhere(tuple(made), mesh)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="mesh")
+def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *, mesh: Mesh | None = None) -> State:
+    """The state of some rows, to go on with them alone."""
+    model = nnx.merge(graphdef, params)
+    taken = State(
+        cache=take_cache_rows(state.cache, rows, model.config, model.scan),
+        tokens=state.tokens[rows],
+        finished=state.finished[rows],
+        step=state.step,
+        keys=state.keys[rows],
+        history=None if state.history is None else state.history[rows],
+    )
+    return _spread(taken, model, mesh)
+
+
+def _ways(mesh: Mesh | None) -> int:
+    """Devices over which rows are spread."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def _spread(state: State, model: Qwen3VL, mesh: Mesh | None) -> State:

@@ -107,6 +107,41 @@ def test_these_tokens_can_reveal_a_bug(ragged, ragged_stock):
     assert min(len(set(g.token_ids)) for g in [*ragged.values(), *ragged_stock.values()]) > STEPS // 2
 
 
+def test_several_answers_to_a_prompt_share_its_prefill_and_those_that_end_leave(pvm, monkeypatch):
+    """Twelve draws for three prompts, of ragged lengths: one prefill, the tokens of twelve separate rows, in fewer rows
+    once half have ended."""
+    model, processor = pvm
+    conversations = [prompts()[name] for name in ("image", "short", "image_first")]
+    apart = [c for c in conversations for _ in range(4)]
+    settings = {
+        "max_new_tokens": 150,
+        "stop_token_ids": range(20, 24),
+        "banned_token_ids": processor.banned_token_ids,
+        "seed": list(range(100, 112)),
+    }
+
+    def draw(conversations, **options):
+        batch = generation.make_batch(generation.encode(processor, conversations), 224, 128)
+        return decoding.complete(model, batch, Sampling(temperature=1.0), **settings, **options)
+
+    want, got = draw(apart), draw(conversations, samples=4)
+    rows, decode = [], decoding.decode
+
+    def counted(graphdef, params, state, *arguments, **static):
+        rows.append(state.tokens.shape[0])
+        return decode(graphdef, params, state, *arguments, **static)
+
+    monkeypatch.setattr(decoding, "decode", counted)
+    compact = draw(conversations, samples=4, compact=True)
+    assert rows == [12, 12, 6], want.lengths
+    for made in (got, compact):
+        np.testing.assert_array_equal(made.lengths, want.lengths)
+        np.testing.assert_array_equal(made.stopped, want.stopped)
+        for row, length in enumerate(want.lengths):
+            np.testing.assert_array_equal(made.tokens[row, :length], want.tokens[row, :length])
+            np.testing.assert_allclose(made.logprobs[row, :length], want.logprobs[row, :length], atol=1e-5)
+
+
 def test_plain_greedy_tokens_are_those_of_the_torch_reference(pvm, pvm_dir, ragged):
     names = ["image", "two_images"]
     out = generate(*pvm, [prompts()[n] for n in names], max_new_tokens=STEPS, stop_token_ids=[])

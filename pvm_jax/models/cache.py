@@ -115,6 +115,31 @@ class KVCache:
         )
 
 
+def take_cache_rows(cache: KVCache, rows: Int[Array, " R"], config: ModelConfig, scan: bool) -> KVCache:
+    """A cache of R rows, row i of which is row `rows[i]` of `cache`: several answers to one prompt, or fewer rows."""
+
+    def pick(x: Array) -> Array:
+        return jnp.take(x, rows, axis=0)
+
+    old, heads = cache.valid.shape[0], config.text.num_key_value_heads
+
+    def pick_group(x: Array, layers: int) -> Array:
+        full = jnp.take(x.reshape(layers, old, heads, *x.shape[-2:]), rows, axis=1)
+        return full.reshape(*_drop_ones(full.shape[:3]), *x.shape[-2:])
+
+    layers = {group_name(group): len(group) for group in config.layer_groups(scan)}
+    return cache.replace(
+        keys={name: pick_group(x, layers[name]) for name, x in cache.keys.items()},
+        values={name: pick_group(x, layers[name]) for name, x in cache.values.items()},
+        memory=jax.tree.map(pick, cache.memory),
+        memory_slots=pick(cache.memory_slots),
+        valid=pick(cache.valid),
+        visual=pick(cache.visual),
+        vision_masked=pick(cache.vision_masked),
+        next_position=pick(cache.next_position),
+    )
+
+
 def put(target: Array, rows: Array, column: Int[Array, ""]) -> Array:
     """Writes `rows` [B,n] into `target` [B,S] from `column` on."""
     return jax.lax.dynamic_update_slice(target, rows, (0, column))
