@@ -27,6 +27,7 @@ Logits = Callable[[Array], Array]
 class TokenScores(NamedTuple):
     log_probs: Float[Array, "B T"]  # log p(target | hidden); 0 where not wanted
     correct: Bool[Array, "B T"]  # the target is the most probable token; False where not wanted
+    entropy: Float[Array, "B T"] | None = None  # of the distribution, in nats; has no gradient; 0 where not wanted
 
 
 def next_token(values: Array) -> Array:
@@ -46,6 +47,8 @@ def token_scores(
     *,
     chunk: int = 128,
     temperature: float = 1.0,
+    banned: Bool[Array, " V"] | None = None,
+    entropy: bool = False,
     head_trains: bool = True,
 ) -> TokenScores:
     """Scores `targets[b,t]` under `softmax(logits(hidden[b,t]) / temperature)` where `wanted`.
@@ -53,6 +56,8 @@ def token_scores(
     Args:
       logits: the vocabulary projection; called on [B,chunk,D].
       chunk: columns at a time; B * chunk * V fp32 values exist at once.
+      banned: ids that the sampler never chose; the distribution is that over the others.
+      entropy: also the distribution's entropy.
       head_trains: whether `logits` closes over parameters that are differentiated. False is a third cheaper, and
         JAX raises if it is not true.
     """
@@ -66,23 +71,35 @@ def token_scores(
         x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
 
-    def score(h: Array, target: Array) -> tuple[Array, Array]:
+    def score(h: Array, target: Array) -> tuple[Array, dict[str, Array]]:
         z = logits(h).astype(jnp.float32) / temperature
+        z = z if banned is None else jnp.where(banned, -jnp.inf, z)
         of_target = jnp.take_along_axis(z, target[..., None], axis=-1)[..., 0]
-        return of_target - jax.nn.logsumexp(z, axis=-1), of_target >= jnp.max(z, axis=-1)
+        total = jax.nn.logsumexp(z, axis=-1)
+        extra = {"correct": of_target >= jnp.max(z, axis=-1)}
+        if entropy:
+            extra["entropy"] = jax.lax.stop_gradient(total - _mean_logit(z, total))
+        return of_target - total, extra
 
     xs = (
         in_chunks(_permute(hidden, front, back)),
         in_chunks(jnp.take_along_axis(targets, front, axis=1)),
         in_chunks(jnp.take_along_axis(wanted, front, axis=1)),
     )
-    log_probs, correct = _over_chunks(score, *xs, recompute=True) if head_trains else _kept(score, *xs)
+    log_probs, extra = _over_chunks(score, *xs, recompute=True) if head_trains else _kept(score, *xs)
 
     def in_place(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk)[:, :length]
         return jnp.take_along_axis(x, back, axis=1)
 
-    return TokenScores(in_place(jnp.where(xs[2], log_probs, 0)), in_place(xs[2] & correct))
+    values = {name: in_place(jnp.where(xs[2], value, jnp.zeros_like(value))) for name, value in extra.items()}
+    return TokenScores(in_place(jnp.where(xs[2], log_probs, 0)), **values)
+
+
+def _mean_logit(z: Float[Array, "... V"], total: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The expectation of z under softmax(z); ids at minus infinity have no part in it."""
+    p = jnp.exp(z - total[..., None])
+    return jnp.sum(jnp.where(p > 0, p * z, 0), axis=-1)
 
 
 def _over_chunks(function: Callable, *xs: Array, recompute: bool = False) -> Any:
@@ -101,15 +118,15 @@ def _over_chunks(function: Callable, *xs: Array, recompute: bool = False) -> Any
     return jax.lax.scan(lambda _, x: (None, chunk(*x)), None, xs)[1]
 
 
-def _kept(score: Callable, *xs: Array) -> tuple[Array, Array]:
+def _kept(score: Callable, *xs: Array) -> tuple[Array, dict[str, Array]]:
     """The same values; the gradient of each log-probability is computed with it, and kept."""
 
-    def with_gradient(h: Array, target: Array) -> tuple[tuple[Array, Array], Array]:
-        log_probs, pull, correct = jax.vjp(lambda h: score(h, target), h, has_aux=True)
-        return (log_probs, correct), pull(jnp.ones_like(log_probs))[0]
+    def with_gradient(h: Array, target: Array) -> tuple[tuple[Array, dict[str, Array]], Array]:
+        log_probs, pull, extra = jax.vjp(lambda h: score(h, target), h, has_aux=True)
+        return (log_probs, extra), pull(jnp.ones_like(log_probs))[0]
 
     @jax.custom_vjp
-    def scores(*xs: Array) -> tuple[Array, Array]:
+    def scores(*xs: Array) -> tuple[Array, dict[str, Array]]:
         return _over_chunks(score, *xs)
 
     def backward(gradients: Array, cotangents: tuple[Array, Any]) -> tuple[Array, None, None]:
