@@ -70,7 +70,19 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     processor = Processor.from_pretrained(source.files, **resolved["processor"])
     row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
     share = Share(cluster.index, cluster.count, functools.partial(local_rows, mesh=mesh), cluster.exchange_of_step)
-    setup = Setup(source.config, processor, resolved["data"], seed, row_multiple, config.freeze, share)
+    setup = Setup(
+        source.config,
+        processor,
+        resolved["data"],
+        seed,
+        row_multiple,
+        config.freeze,
+        share,
+        workdir=workdir,
+        mesh=mesh,
+        micro_batches=micro_batches,
+        reference=lambda: blueprint.reference(source, seed),
+    )
     stage = load_stage(setup, resolved["stage"])
     blueprint = Blueprint(source.config, options, stage, config.freeze, mesh)
     partition = blueprint.partition

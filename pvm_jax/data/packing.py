@@ -44,6 +44,20 @@ class Encoded:
             )
 
 
+def extend(prompt: Encoded, tokens: Sequence[int] | Int32[np.ndarray, " n"], *, learn: bool = True) -> Encoded:
+    """The prompt with a completion behind it, text alone; with `learn`, its tokens are targets."""
+    count = len(tokens)
+    following = prompt.next_position + np.arange(count, dtype=np.int32)
+    return dataclasses.replace(
+        prompt,
+        tokens=np.concatenate([prompt.tokens, np.asarray(tokens, np.int32)]),
+        positions=np.concatenate([prompt.positions, np.broadcast_to(following, (3, count))], axis=1),
+        visual_index=np.concatenate([prompt.visual_index, np.full(count, -1, np.int32)]),
+        loss_mask=np.concatenate([np.zeros(len(prompt.tokens), bool), np.full(count, learn)]),
+        next_position=prompt.next_position + count,
+    )
+
+
 def fits(sample: Encoded, length: int, patches: int) -> bool:
     """Whether a row of `length` tokens and `patches` patches can take this sample alone."""
     return len(sample.tokens) <= length and len(sample.patches) <= patches

@@ -76,6 +76,10 @@ class Reporter:
                 f"expected finite numbers; the step was not taken, and checkpoints are those from before it; "
                 f"its {len(drawn.ids)} samples: {', '.join(drawn.ids)}"
             )
+        for name, bound in drawn.bounds.items():
+            value, count = metrics[name]
+            if value > bound * count:
+                self.say(f"warning: step {step}: {name} is {value / count:.3g}, expected at most {bound:g}")
         if drawn.label:
             metrics[f"loss/{drawn.label}"] = metrics["loss"]
         self._meter.add(metrics | drawn.metrics)

@@ -116,6 +116,12 @@ class Blueprint:
         made = self._random(seed, tuple(n for n in names if n not in from_disk))
         return {name: loaded.get(name, made.get(name)) for name in names}
 
+    def reference(self, source: Checkpoint, seed: int) -> nnx.Module:
+        """The whole model with the values that a run begins with."""
+        values = self.parameters(source, seed, (*self.partition.trainable, *self.partition.frozen))
+        trainable = {name: values[name] for name in self.partition.trainable}
+        return self.partition.merge(trainable, {name: values[name] for name in self.partition.frozen})
+
     def _random(self, seed: int, names: tuple[str, ...]) -> Arrays:
         if not names:
             return {}

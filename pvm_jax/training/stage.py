@@ -14,6 +14,7 @@ stage needs no change to `train.py`.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -41,6 +42,11 @@ class Setup:
     row_multiple: int = 1  # the rows of a batch divide by it: mesh data x fsdp x config.micro_batches
     freeze: Sequence[tuple[str, bool]] = (("", True),)  # see freeze.py; by default everything trains
     share: Share = Share()  # noqa: RUF009  frozen; of several processes, which rows of a batch this one makes
+    # For stages that run the model themselves:
+    workdir: Path | None = None
+    mesh: Any = None
+    micro_batches: int = 1
+    reference: Callable[[], nnx.Module] | None = None  # the model as config.model.path holds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,8 @@ class StageBatch:
     axis of every leaf, except in `positions`, where they stand on the second ([3,B,T]). Of several processes each
     gives the rows that are its own (`Setup.share.rows`); all the other fields are about the whole batch.
     `ids` name the samples in the message of a non-finite loss. `tokens` counts those that are not padding.
-    With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own.
+    With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own. A metric of
+    the step that exceeds its entry of `bounds` is reported.
     """
 
     batch: Any
@@ -59,6 +66,7 @@ class StageBatch:
     tokens: int
     label: str = ""
     metrics: dict[str, Fraction] = dataclasses.field(default_factory=dict)
+    bounds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Loss(NamedTuple):

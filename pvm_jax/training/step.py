@@ -144,7 +144,8 @@ def make_update(
 ) -> Callable[[TrainState, Arrays, Any], tuple[TrainState, dict[str, tuple[Array, Array]]]]:
     """`update(state, frozen, batch) -> (state, metrics)`, to be compiled with `state` donated.
 
-    A step whose loss or gradient is not finite leaves the state as it was; its `finite` metric says so.
+    A step whose loss or gradient is not finite leaves the state as it was; its `finite` metric says so. One whose
+    gradient is 0 throughout (`idle`) leaves the parameters as they were: AdamW's momentum would move them on.
     """
 
     def update(state: TrainState, frozen: Arrays, batch: Any):
@@ -154,6 +155,7 @@ def make_update(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+        updates = jax.tree.map(lambda u: jnp.where(norm > 0, u, 0), updates)
         proposed = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), moments)
         proposed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), proposed, state)
 
@@ -161,6 +163,7 @@ def make_update(
         metrics = metrics | {
             "loss": (loss, count),
             "finite": (finite.astype(jnp.float32), one),
+            "idle": ((norm == 0).astype(jnp.float32), one),
             "grad_norm": (norm, one),
             "learning_rate": (jnp.asarray(schedule(state.step), jnp.float32), one),
         }

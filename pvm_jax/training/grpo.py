@@ -1,0 +1,394 @@
+"""Group-relative policy optimization: completions drawn from the policy, rewarded, compared within their group.
+
+A step of the loop is one optimizer step. Every `iterations` steps there is a rollout:
+
+    1. draw `prompts` prompts; which ones is a function of (seed, rollout) alone
+    2. continue each `completions` times: one vision pass and one prefill a prompt, at `temperature`
+    3. reward every completion (rewards.py), and compare it with the others of its prompt (policy_loss.advantages)
+    4. pack prompts and completions into rows, as supervised fine-tuning does; the next `iterations` steps learn from
+       them with the clipped loss of policy_loss.py
+
+The distribution that is scored is the one that was sampled from: the same temperature, the same ids left out (vision
+tokens and the padding of the vocabulary). `sampler_gap` is the mean distance of the two log-probabilities of a token.
+
+Settings are those that the public PVM release resolves to (TRL's defaults where it says nothing): 8 x 8, temperature 1,
+dapo, epsilon 0.2, no KL term, completions that were cut off teach nothing.
+
+What a resumed run needs of an unfinished rollout (`iterations` above 1) is in `workdir/rollouts`.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from pvm_jax.data.images import DataError
+from pvm_jax.data.order import permutation
+from pvm_jax.data.packing import Encoded
+from pvm_jax.data.prompts import Prompt, Prompts, open_prompts, reward_columns
+from pvm_jax.training import rollout as rollouts
+from pvm_jax.training.freeze import trains
+from pvm_jax.training.losses import TokenScores, next_token, token_scores
+from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, advantages, policy_loss, token_weights
+from pvm_jax.training.rewards import Rewards, Scores
+from pvm_jax.training.rollout import Rollout, Shapes
+from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, TrainingError
+from pvm_jax.training.step import put_batch, split_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """`config.stage`, apart from `module`.
+
+    Attributes:
+      prompts, completions: of a rollout; completions of each prompt.
+      max_new_tokens: of a completion.
+      temperature: of sampling and of the scored distribution.
+      rewards: ("module:function", weight) pairs, see rewards.py.
+      reward_errors: "error" or "zero", what follows when a reward function fails.
+      loss_type, epsilon, epsilon_high, beta: see policy_loss.py; epsilon_high None: as epsilon.
+      scale: what an advantage is divided by, see `policy_loss.advantages`.
+      mask_truncated: completions without an end teach nothing.
+      iterations: optimizer steps that learn from one rollout.
+      chunk: columns per chunk of the vocabulary projection.
+      sampler_gap: say so when sampler and trainer disagree by more than this, in nats a token.
+      samples: completions of each rollout that are written to workdir/completions.
+    """
+
+    rewards: Sequence[tuple[str, float]]
+    max_new_tokens: int
+    prompts: int = 8
+    completions: int = 8
+    temperature: float = 1.0
+    reward_errors: str = "error"
+    loss_type: str = "dapo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    scale: str = "group"
+    mask_truncated: bool = True
+    iterations: int = 1
+    chunk: int = 128
+    sampler_gap: float = 0.1
+    samples: int = 8
+
+    def __post_init__(self):
+        least = {"prompts": 1, "completions": 2, "max_new_tokens": 1, "iterations": 1, "chunk": 1, "samples": 0}
+        for key, value in least.items():
+            if getattr(self, key) < value:
+                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {getattr(self, key)}")
+        for key, known in (("loss_type", LOSS_TYPES), ("scale", SCALES)):
+            if getattr(self, key) not in known:
+                raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")
+        if self.temperature <= 0:
+            raise TrainingError(
+                f"config.stage.temperature: expected a number above 0, got {self.temperature}; greedy completions of "
+                "a prompt are all the same and teach nothing"
+            )
+        if self.beta < 0 or self.epsilon <= 0:
+            raise TrainingError(
+                f"config.stage: expected epsilon above 0 and beta of at least 0, got {self.epsilon} and {self.beta}"
+            )
+
+
+DATA_KEYS = ("layout", "instruction", "system", "split", "image_folder", "rename", "bad_rows", "threads")
+SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
+
+
+def make_stage(setup: Setup, **options: Any) -> Stage:
+    """The stage of `config.stage.module = "pvm_jax.training.grpo"`."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    if unknown := sorted(set(options) - known):
+        raise TrainingError(f"config.stage: unknown keys {unknown}; expected some of {sorted(known)}")
+    settings = Settings(**options)
+    data = {key: value for key, value in setup.data.items() if value is not None}
+    if unknown := sorted(set(data) - {"path", *DATA_KEYS, *SHAPE_KEYS}):
+        raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
+    if missing := sorted({"path", "layout", *SHAPE_KEYS} - set(data)):
+        raise TrainingError(f"config.data: expected {', '.join(missing)}; pass --config.data.{missing[0]}=...")
+    if "rename" in data:
+        data["rename"] = dict(data["rename"])
+    prompts = open_prompts(data["path"], **{key: data[key] for key in DATA_KEYS if key in data})
+    for reason, count in prompts.skipped.items():
+        logging.warning("left out %d rows: %s, e.g. %s", count, reason, prompts.examples[reason])
+    shapes = Shapes(
+        prompt_lengths=tuple(sorted(data["prompt_length"])),
+        lengths=tuple(sorted(data["length"])),
+        patches=tuple(sorted(data["patches"])),
+        multiple=setup.row_multiple,
+        pack=data["pack"],
+    )
+    head = "text/embed_tokens" if setup.model_config.tie_word_embeddings else "lm_head"
+    rewards = Rewards(settings.rewards, settings.reward_errors)
+    return GRPO(setup, settings, shapes, prompts, rewards, head_trains=trains(head, setup.freeze))
+
+
+class GRPO:
+    """Draws a rollout every `settings.iterations` steps; what is drawn is a function of (seed, step) and the policy."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        settings: Settings,
+        shapes: Shapes,
+        prompts: Prompts,
+        rewards: Rewards,
+        *,
+        head_trains: bool = True,
+    ):
+        if len(prompts) < settings.prompts:
+            raise TrainingError(f"config.data: expected at least {settings.prompts} prompts, got {len(prompts)}")
+        self._setup, self._settings, self._shapes = setup, settings, shapes
+        self._prompts, self._rewards, self._head_trains = prompts, rewards, head_trains
+        self._banned = np.zeros(setup.model_config.text.vocab_size, bool)
+        self._banned[np.asarray(setup.processor.banned_token_ids, np.int64)] = True
+        self._permutation = functools.lru_cache(2)(permutation)
+        self._pool = ThreadPoolExecutor(4, "encode")
+        self._reference: nnx.Module | None = None
+        self._now: tuple[Rollout, PolicyBatch, StageBatch] | None = None
+        self.steps_per_epoch = max(len(prompts) // settings.prompts, 1) * settings.iterations
+
+    def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
+        return None
+
+    def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
+        """The rollout's rows; the policy is asked at its first step alone, or where nothing was kept of it."""
+        number, iteration = divmod(step, self._settings.iterations)
+        if self._now is None or self._now[0].number != number:
+            self._now = self._begin(number, policy, resumed=iteration > 0)
+        drawn = self._now[2]
+        # What the host knows of a rollout is logged once.
+        return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={})
+
+    def loss_fn(self, model: nnx.Module, batch: PolicyBatch) -> Loss:
+        settings = self._settings
+        scores = self._scores(model, batch, entropy=True)
+        loss = policy_loss(
+            scores.log_probs,
+            batch,
+            epsilon=settings.epsilon,
+            epsilon_high=settings.epsilon if settings.epsilon_high is None else settings.epsilon_high,
+            beta=settings.beta,
+            loss_type=settings.loss_type,
+        )
+        wanted = next_token(batch.batch.loss_weights) > 0
+        entropy = (scores.entropy.sum(), wanted.sum(dtype=np.float32))
+        return loss._replace(metrics=loss.metrics | {"entropy": entropy})
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    # ---- A rollout -----------------------------------------------------------------------------------------------
+
+    def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple:
+        settings, share = self._settings, self._setup.share
+        drawn, prompts = self._draw(number)
+        kept = self._file(number)
+        metrics: dict[str, Fraction] = {}
+        if resumed:
+            if not kept.is_file():
+                raise TrainingError(
+                    f"{kept}: expected the completions that step {number * settings.iterations + 1} began with, found "
+                    "nothing; start again from an older checkpoint, or in a new workdir"
+                )
+            rollout = Rollout.load(kept, number, prompts)
+        else:
+            rollout, metrics = self._draw_and_reward(number, drawn, prompts, policy())
+        batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows)
+        if settings.beta > 0:
+            self._reference = self._reference or self._setup.reference()
+            batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
+        if settings.iterations > 1:
+            if not resumed:
+                rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
+                if share.index == 0:
+                    rollout.save(kept)
+                    self._forget(number)
+            batch = dataclasses.replace(batch, old=self._mine(rollout.old))
+        info = StageBatch(
+            batch=batch,
+            ids=tuple(f"{prompts[i // rollout.group].id}#{i % rollout.group}" for i in members),
+            tokens=tokens,
+            metrics=metrics,
+            bounds={"sampler_gap": settings.sampler_gap},
+        )
+        return rollout, batch, info
+
+    def _draw(self, number: int) -> tuple[list[Prompt], list[Encoded]]:
+        """The prompts of a rollout; one that cannot be used is replaced by another that (seed, rollout) determine."""
+        places = range(number * self._settings.prompts, (number + 1) * self._settings.prompts)
+        chosen = list(self._pool.map(self._prompt, places))
+        return [prompt for prompt, _ in chosen], [encoded for _, encoded in chosen]
+
+    def _prompt(self, place: int) -> tuple[Prompt, Encoded]:
+        size, seed = len(self._prompts), self._setup.seed
+        reason = ""
+        for attempt in range(16):
+            index = int(self._permutation(size, seed, place // size)[place % size])
+            if attempt:
+                index = int(permutation(size, seed, place, attempt)[0])
+            try:
+                prompt = self._prompts[index]
+                sample = {"id": prompt.id, "messages": prompt.messages}
+                encoded = self._setup.processor.encode(sample, add_generation_prompt=True)
+                problem = self._shapes.check(encoded, self._settings.max_new_tokens)
+                reason = f"sample {prompt.id}: {problem}"
+            except DataError as error:
+                problem = reason = str(error)
+            if problem is None:
+                return prompt, encoded
+            if self._setup.data.get("bad_rows", "error") == "error":
+                break
+            logging.warning("left out: %s", reason)
+        raise TrainingError(f"{reason}; mend the row, raise the limit, or set config.data.bad_rows='skip'")
+
+    def _draw_and_reward(
+        self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module
+    ) -> tuple[Rollout, dict[str, Fraction]]:
+        settings, setup = self._settings, self._setup
+        group = settings.completions
+        made = rollouts.draw(
+            model,
+            setup.processor,
+            prompts,
+            group,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            shapes=self._shapes,
+            key=(setup.seed, number),
+        )
+        rewards, metrics = self._reward(number, drawn, made)
+        masked = ~made.stopped & settings.mask_truncated
+        weights, counts = token_weights(made.lengths, masked, settings.loss_type, settings.max_new_tokens)
+        by_prompt = rewards.reshape(-1, group)
+        rollout = Rollout(
+            number,
+            prompts,
+            made,
+            advantages=advantages(rewards, group, settings.scale),
+            masked=masked,
+            weights=np.asarray(weights, np.float32),
+            counts=np.asarray(counts, np.float32),
+            reward=rewards,
+        )
+        total = len(rewards)
+        return rollout, metrics | {
+            "reward": (rewards.sum(), total),
+            "reward_deviation": (by_prompt.std(axis=1, ddof=1).sum(), len(by_prompt)),
+            "groups_without_variance": ((np.ptp(by_prompt, axis=1) == 0).sum(), len(by_prompt)),
+            "completion_tokens": (made.lengths.sum(), total),
+            "truncated": ((~made.stopped).sum(), total),
+        }
+
+    def _reward(self, number: int, drawn: Sequence[Prompt], made: Any) -> tuple[np.ndarray, dict[str, Fraction]]:
+        """Process 0 asks the reward functions, and tells the others: a time limit may strike in one of them alone."""
+        settings, share = self._settings, self._setup.share
+        answer = ""
+        if share.index == 0:
+            tokens = [made.tokens[i, :n].tolist() for i, n in enumerate(made.lengths)]
+            ends = [t[:-1] if stopped else t for t, stopped in zip(tokens, made.stopped, strict=True)]
+            texts = [self._setup.processor.decode(t) for t in ends]
+            prompts = [prompt for prompt in drawn for _ in range(settings.completions)]
+            scores = self._rewards(
+                texts,
+                reward_columns(prompts),
+                ids=[prompt.id for prompt in prompts],
+                prompts=[prompt.messages for prompt in prompts],
+                completion_ids=tokens,
+                step=number * settings.iterations,
+            )
+            self._write_samples(number, prompts, texts, scores, made)
+            metrics = {name: [float(s), float(n)] for name, (s, n) in scores.metrics.items()}
+            answer = json.dumps([scores.total.tolist(), metrics])
+        told = share.exchange(number, answer, lambda: False)[0]
+        total, metrics = json.loads(told)
+        return np.asarray(total, np.float32), {name: tuple(pair) for name, pair in metrics.items()}
+
+    def _write_samples(self, number: int, prompts: Sequence[Prompt], texts: list[str], scores: Scores, made: Any):
+        """The first completions of a rollout, one JSON object a line, in a file of the rollout's own."""
+        if not self._settings.samples or self._setup.workdir is None:
+            return
+        path = self._setup.workdir / "completions" / f"{number:08d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = []
+        for i in range(min(self._settings.samples, len(texts))):
+            line = {
+                "id": prompts[i].id,
+                "completion": texts[i],
+                "tokens": int(made.lengths[i]),
+                "stopped": bool(made.stopped[i]),
+                "reward": float(scores.total[i]),
+                "rewards": {n: None if np.isnan(v[i]) else float(v[i]) for n, v in scores.by_function.items()},
+            }
+            lines.append(
+                line | {name: values[i] for name, values in scores.extras.items() if len(values) == len(texts)}
+            )
+        partial = path.with_suffix(".partial")
+        # Completions may hold halves of surrogate pairs; JSON escapes them.
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(path)
+
+    # ---- Passes that are not differentiated ----------------------------------------------------------------------
+
+    def _scores(self, model: nnx.Module, batch: PolicyBatch, entropy: bool = False) -> TokenScores:
+        tokens, weights = batch.batch.tokens, batch.batch.loss_weights
+        return token_scores(
+            model.logits_in_loop(),
+            model(batch.batch),
+            next_token(tokens),
+            next_token(weights) > 0,
+            chunk=self._settings.chunk,
+            temperature=self._settings.temperature,
+            banned=self._banned,
+            entropy=entropy,
+            head_trains=self._head_trains,
+        )
+
+    def _score(self, model: nnx.Module, batch: PolicyBatch) -> np.ndarray:
+        """f32 [B,T] of all processes' rows: log-probabilities of the batch's tokens, each at its own column."""
+        setup = self._setup
+        graphdef, params = nnx.split(model)
+        return np.asarray(self._scoring(graphdef, params, put_batch(batch, setup.mesh, setup.micro_batches)))
+
+    @functools.cached_property
+    def _scoring(self) -> Callable[..., jax.Array]:
+        parts = self._setup.micro_batches
+
+        def run(graphdef: Any, params: Any, batch: PolicyBatch) -> jax.Array:
+            model = nnx.merge(graphdef, params)
+            taken = jax.lax.map(lambda part: self._scores(model, part).log_probs, split_rows(batch, parts))
+            # Row i of part j is row i * parts + j; the log-probability in column t is that of token t + 1.
+            rows = taken.swapaxes(0, 1).reshape(-1, taken.shape[-1])
+            return jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
+
+        return jax.jit(run, static_argnums=0, out_shardings=NamedSharding(self._setup.mesh, PartitionSpec()))
+
+    def _mine(self, values: np.ndarray) -> np.ndarray:
+        return values[np.asarray(self._setup.share.rows(len(values)))]
+
+    # ---- What a resumed run needs ---------------------------------------------------------------------------------
+
+    def _file(self, number: int) -> Path:
+        return (self._setup.workdir or Path()) / "rollouts" / f"{number:08d}.npz"
+
+    def _forget(self, number: int) -> None:
+        """Removes the rollouts that no checkpoint lies within."""
+        steps = self._settings.iterations
+        checkpoints = (self._setup.workdir or Path()) / "checkpoints"
+        saved = (
+            [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+        )
+        needed = {number} | {step // steps for step in saved if step % steps}
+        for path in self._file(number).parent.glob("*.npz"):
+            if int(path.stem) not in needed:
+                path.unlink()
