@@ -14,7 +14,7 @@ from pvm_jax.training import policy_loss as pl
 from pvm_jax.training.losses import next_token, token_scores
 from pvm_jax.training.policy_loss import PolicyBatch, advantages, policy_loss, token_weights
 
-LENGTHS, MASKED, LIMIT = (2, 4, 3), (False, False, True), 8
+LENGTHS, MASKED, LIMIT = np.array([2, 4, 3]), np.array([False, False, True]), 8
 # By completion: log-probabilities now, when drawn, under the reference; the third was cut off.
 NOW = ((-1.0, -0.5), (-0.2, -2.0, -1.5, -0.1), (-0.3, -0.3, -0.3))
 OLD = ((-1.3, -0.5), (-0.2, -1.6, -1.5, -0.6), (-1.0, -1.0, -1.0))
@@ -163,7 +163,7 @@ def test_first_pass_has_ratio_one_and_the_policy_gradient():
 
 
 def test_batch_that_teaches_nothing(monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "MASKED", (True, True, True))
+    monkeypatch.setattr(sys.modules[__name__], "MASKED", np.ones(3, bool))
     for loss_type in pl.LOSS_TYPES:
         log_probs, batch = packed(loss_type)
         value, gradient = jax.value_and_grad(

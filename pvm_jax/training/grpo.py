@@ -277,8 +277,8 @@ class GRPO:
             made,
             advantages=advantages(rewards, group, settings.scale),
             masked=masked,
-            weights=np.asarray(weights, np.float32),
-            counts=np.asarray(counts, np.float32),
+            weights=weights,
+            counts=counts,
             reward=rewards,
         )
         total = len(rewards)
@@ -349,7 +349,7 @@ class GRPO:
             next_token(weights) > 0,
             chunk=self._settings.chunk,
             temperature=self._settings.temperature,
-            banned=self._banned,
+            banned=jnp.asarray(self._banned),
             entropy=entropy,
             head_trains=self._head_trains,
         )

@@ -15,13 +15,12 @@ n_i, of which those that were cut off count as 0 (`mask_truncated`), L the most 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pvm_jax.data.batch import Batch
 from pvm_jax.training.losses import next_token
@@ -77,15 +76,18 @@ def advantages(
     return centred.ravel().astype(np.float32)
 
 
-def token_weights(lengths: Sequence[int], masked: Sequence[bool], loss_type: str, limit: int) -> tuple[list, list]:
+def token_weights(
+    lengths: Int[np.ndarray, " n"], masked: Bool[np.ndarray, " n"], loss_type: str, limit: int
+) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
     """Of each completion: the weight of each of its tokens, and its share of what the loss is divided by.
 
-    >>> token_weights([2, 4], [False, True], "dapo", 8)
-    ([1.0, 0.0], [2.0, 0.0])
-    >>> token_weights([2, 4], [False, True], "grpo", 8)
-    ([0.5, 0.0], [1.0, 1.0])
-    >>> token_weights([2, 4], [False, True], "dr_grpo", 8)
-    ([1.0, 0.0], [8.0, 8.0])
+    >>> lengths, masked = np.array([2, 4]), np.array([False, True])
+    >>> [x.tolist() for x in token_weights(lengths, masked, "dapo", 8)]
+    [[1.0, 0.0], [2.0, 0.0]]
+    >>> [x.tolist() for x in token_weights(lengths, masked, "grpo", 8)]
+    [[0.5, 0.0], [1.0, 1.0]]
+    >>> [x.tolist() for x in token_weights(lengths, masked, "dr_grpo", 8)]
+    [[1.0, 0.0], [8.0, 8.0]]
 
     Args:
       lengths: tokens of each completion, at least 1.
@@ -94,12 +96,10 @@ def token_weights(lengths: Sequence[int], masked: Sequence[bool], loss_type: str
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type: expected one of {list(LOSS_TYPES)}, got {loss_type!r}")
-    weights = [0.0 if m else (1 / n if loss_type == "grpo" else 1.0) for n, m in zip(lengths, masked, strict=True)]
-    if loss_type == "grpo":
-        return weights, [1.0] * len(weights)
-    if loss_type == "dr_grpo":
-        return weights, [float(limit)] * len(weights)
-    return weights, [0.0 if m else float(n) for n, m in zip(lengths, masked, strict=True)]
+    each = 1 / lengths if loss_type == "grpo" else np.ones(len(lengths))
+    shares = {"grpo": np.ones(len(lengths)), "dr_grpo": np.full(len(lengths), limit)}
+    counts = shares.get(loss_type, np.where(masked, 0, lengths))
+    return np.where(masked, 0, each).astype(np.float32), counts.astype(np.float32)
 
 
 def policy_loss(

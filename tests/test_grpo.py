@@ -1,0 +1,265 @@
+"""The GRPO stage as `train.py` runs it, on a small model and prompts with images of different sizes."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import training_runs
+from flax import nnx
+from training_runs import Setting, without_speeds
+
+from pvm_jax.checkpoint import load_model, open_checkpoint
+from pvm_jax.data.processor import Processor
+from pvm_jax.distributed import PREEMPTED
+from pvm_jax.sharding import make_mesh
+from pvm_jax.training import grpo
+from pvm_jax.training.metrics import read_metrics
+from pvm_jax.training.stage import Setup, TrainingError
+
+REWARDS = "--config.stage.rewards=(('grpo_rewards:even',1.0),)"
+SIZES = ((32, 64), (64, 96), (32, 32), (96, 64))
+LIMIT = 12
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    """Nine prompts in TRL's layout, with one image, two or none."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows = []
+    for i in range(9):
+        names = [f"{i}-{k}.png" for k in range((1, 2, 0)[i % 3])]
+        for k, name in enumerate(names):
+            tiny.image(10 * i + k, *SIZES[(i + k) % len(SIZES)]).save(folder / name)
+        rows.append({"id": f"p{i}", "prompt": tiny.text(i, 3 + 2 * i), "images": names, "solution": tiny.text(i, 2)})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder / "prompts.jsonl"
+
+
+@pytest.fixture(scope="module")
+def setting(prompts, small_checkpoint) -> Setting:
+    flags = (
+        "--config=configs/grpo.py:4b,smoke",
+        f"--config.model.path={small_checkpoint}",
+        f"--config.data.path={prompts}",
+        REWARDS,
+        "--config.stage.completions=4",
+        f"--config.stage.max_new_tokens={LIMIT}",
+        "--config.stage.mask_truncated=False",
+        "--config.data.prompt_length=(112,)",
+        "--config.data.length=(128,)",
+        "--config.data.patches=(96,)",
+        "--config.optimizer.learning_rate=0.003",
+        "--config.stage.samples=3",
+    )
+    return Setting(prompts.parent, flags)
+
+
+@pytest.fixture(scope="module")
+def finished(setting, tmp_path_factory) -> Path:
+    """The workdir of a run of four steps, two rollouts of two steps each."""
+    workdir = tmp_path_factory.mktemp("grpo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert training_runs.run(patch, setting, workdir, "--config.stage.iterations=2") == 0
+    return workdir
+
+
+def make(small_checkpoint, file, workdir=None, mesh=None, micro_batches=1, **options) -> grpo.GRPO:
+    data = {"path": str(file), "layout": "trl", "prompt_length": (112,), "length": (144,), "patches": (96,),
+            "pack": True, "bad_rows": "error"}  # fmt: skip
+    mesh = mesh or make_mesh(fsdp=1, devices=jax.devices()[:1])
+    multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
+    setup = Setup(
+        open_checkpoint(small_checkpoint).config,
+        Processor.from_pretrained(small_checkpoint),
+        data,
+        seed=3,
+        row_multiple=multiple,
+        workdir=workdir,
+        mesh=mesh,
+        micro_batches=micro_batches,
+    )
+    options = {"rewards": (("grpo_rewards:even", 1.0),), "max_new_tokens": LIMIT, "completions": 4, "prompts": 3,
+               "mask_truncated": False} | options  # fmt: skip
+    return grpo.make_stage(setup, **options)
+
+
+# ---- A rollout ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(small_checkpoint):
+    return load_model(small_checkpoint, scan=True)
+
+
+def test_trainer_scores_what_the_sampler_drew(small_checkpoint, prompts, model):
+    """fp32, ragged prompts with images, temperature 0.7, ids left out: the same log-probabilities within 1e-4."""
+    stage = make(small_checkpoint, prompts, temperature=0.7, micro_batches=2)
+    batch = stage.next_batch(0, lambda: model).batch
+    learned = batch.batch.loss_weights > 0
+    assert learned.sum() > 3 * LIMIT and (batch.batch.segment_ids.max(axis=1) > 1).any()  # several share a row
+    scored = stage._score(model, batch)
+    np.testing.assert_allclose(scored[learned], batch.sampled[learned], atol=1e-4)
+    assert not batch.sampled[~learned].any() and (batch.sampled[learned] < 0).all()
+    other = make(small_checkpoint, prompts, temperature=0.7)
+    other._banned[:] = False
+    assert np.abs(other._score(model, batch)[learned] - batch.sampled[learned]).max() > 1e-3
+
+
+def test_rollout_is_a_function_of_seed_and_number(small_checkpoint, prompts, model):
+    first, again = (make(small_checkpoint, prompts).next_batch(1, lambda: model) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first.batch, again.batch)
+    assert first.ids == again.ids and len(first.ids) == 12
+    other = make(small_checkpoint, prompts).next_batch(0, lambda: model)
+    assert not {i.split("#")[0] for i in other.ids} & {i.split("#")[0] for i in first.ids}  # an epoch has three
+
+
+def test_rows_hold_prompt_and_completion(small_checkpoint, prompts, model):
+    """Against the samples one by one: tokens, positions, advantages; each completion exactly once."""
+    stage = make(small_checkpoint, prompts)
+    info = stage.next_batch(0, lambda: model)
+    made, batch = stage._now[0], info.batch
+    members = iter([(i.split("#")[0], int(i.split("#")[1])) for i in info.ids])
+    names = [p.id for p in made.prompts]
+    for row, segments in enumerate(batch.batch.segment_ids):
+        for segment in range(1, segments.max() + 1):
+            name, k = next(members)
+            i = names.index(name) * 4 + k
+            columns = np.flatnonzero(segments == segment)
+            prompt, n = made.prompts[i // 4], int(made.completions.lengths[i])
+            want = [*prompt.tokens, *made.completions.tokens[i, :n]]
+            assert batch.batch.tokens[row, columns].tolist() == want
+            answer = columns[-n:]
+            positions = [prompt.next_position + np.arange(n)] * 3
+            np.testing.assert_array_equal(batch.batch.positions[:, row, answer], positions)
+            assert set(batch.advantages[row, answer]) == {made.advantages[i]}
+            assert batch.batch.loss_weights[row, columns].sum() == n
+    assert next(members, None) is None
+    np.testing.assert_allclose(batch.counts.sum(), made.completions.lengths.sum())
+
+
+def test_completions_that_teach_nothing_take_no_room(small_checkpoint, prompts, model):
+    """Cut off: left out of the rows; the divisor of `grpo` still counts them, that of `dapo` does not."""
+    cut = make(small_checkpoint, prompts, mask_truncated=True, loss_type="grpo")
+    cut.next_batch(0, lambda: model)
+    stopped = cut._now[0].completions.stopped
+    assert 0 <= stopped.sum() < 12
+    assert len(cut._now[2].ids) == max(stopped.sum(), 1)
+    assert cut._now[1].counts.sum() == 12
+    other = make(small_checkpoint, prompts, mask_truncated=True)
+    other.next_batch(0, lambda: model)
+    assert other._now[1].counts.sum() == (other._now[0].completions.lengths * stopped).sum()
+
+
+def parameters(directory: Path) -> dict[str, np.ndarray]:
+    state = nnx.to_flat_state(nnx.state(load_model(directory, scan=True)))
+    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+
+
+# ---- A run -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_and_samples(finished, small_checkpoint):
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    both = {"loss", "clipped_low", "clipped_high", "ratio_max", "ratio_min", "sampler_gap", "entropy", "idle"}
+    first = both | {"reward", "reward/even", "reward_errors/even", "truncated", "completion_tokens",
+                    "groups_without_variance", "reward_deviation"}  # fmt: skip
+    assert first <= set(lines[0]) and both <= set(lines[1]) and "reward" not in lines[1]
+    assert lines[0]["sampler_gap"] < 1e-4 and lines[2]["sampler_gap"] < 1e-4
+    np.testing.assert_allclose([lines[0]["ratio_max"], lines[0]["ratio_min"]], 1, atol=1e-4)  # before any update
+    assert abs(lines[1]["ratio_max"] - 1) > 1e-3 and 0 < lines[0]["reward"] < 1
+    assert "gate/1" in lines[0]
+    samples = [json.loads(line) for line in (finished / "completions" / "00000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 3 and {"id", "completion", "reward", "rewards", "tokens", "stopped"} <= set(samples[0])
+    assert sorted(p.name for p in (finished / "completions").iterdir()) == ["00000000.jsonl", "00000001.jsonl"]
+
+
+def test_all_but_the_vision_tower_moves(finished, small_checkpoint):
+    after, before = parameters(finished), parameters(small_checkpoint)
+    moved = {name for name in after if (after[name] != before[name]).any()}
+    assert moved == {name for name in after if not name.startswith("visual/")}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stopped_anywhere_it_goes_on_with_the_same_numbers(finished, setting, tmp_path, stop):
+    """SIGTERM after the first step of a rollout, after its last one, and within the next."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(training_runs.ROOT))
+        import train
+
+        put, calls = train.put_batch, []
+
+        def counted(*args):
+            calls.append(0)
+            if len(calls) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return put(*args)
+
+        patch.setattr(train, "put_batch", counted)
+        assert training_runs.run(patch, setting, tmp_path / "w", "--config.stage.iterations=2") == PREEMPTED
+    with pytest.MonkeyPatch.context() as patch:
+        assert training_runs.run(patch, setting, tmp_path / "w", "--config.stage.iterations=2") == 0
+    assert without_speeds(tmp_path / "w") == without_speeds(finished)
+    assert len(list((tmp_path / "w" / "rollouts").glob("*.npz"))) <= 2
+
+
+def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, model, tmp_path):
+    stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
+    with pytest.raises(TrainingError, match=r"00000001.npz: expected the completions that step 3 began with, found"):
+        stage.next_batch(3, lambda: model)
+
+
+def test_groups_without_variance_change_nothing(setting, small_checkpoint, tmp_path, monkeypatch):
+    """All rewards alike: AdamW's momentum must not move the parameters either."""
+    same = REWARDS.replace("even", "same")
+    training_runs.run(monkeypatch, setting, tmp_path / "w", same, "--config.steps=2")
+    lines = read_metrics(tmp_path / "w")
+    assert [line["idle"] for line in lines] == [1, 1] and [line["groups_without_variance"] for line in lines] == [1, 1]
+    jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path / "w"), parameters(small_checkpoint))
+
+
+def test_reference_model(setting, tmp_path, monkeypatch):
+    """At the first step the policy is the reference: no divergence; at the second it is not."""
+    training_runs.run(monkeypatch, setting, tmp_path / "w", "--config.stage.beta=0.1", "--config.steps=2")
+    first, second = read_metrics(tmp_path / "w")
+    assert abs(first["kl"]) < 1e-6 < second["kl"]
+
+
+def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
+    """Four devices, two micro-batches: losses, rewards and gradient norms of one device (fp32, 1e-4)."""
+    flags = ("--config.steps=2", "--config.data.pack=False", "--config.stage.prompts=4")
+    training_runs.run(monkeypatch, setting, tmp_path / "one", *flags)
+    more = ("--config.micro_batches=2", "--config.mesh.data=2", "--config.mesh.tensor=1")
+    training_runs.run(monkeypatch, setting, tmp_path / "four", *flags, *more, devices=4)
+    one, four = (read_metrics(tmp_path / name) for name in ("one", "four"))
+    for key in ("loss", "reward", "grad_norm", "entropy", "completion_tokens"):
+        np.testing.assert_allclose([x[key] for x in four], [x[key] for x in one], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"completions": 1}, "config.stage.completions: expected at least 2, got 1"),
+        ({"loss_type": "ppo"}, "config.stage.loss_type: expected one of .*, got 'ppo'"),
+        ({"temperature": 0.0}, "config.stage.temperature: expected a number above 0, got 0.0; greedy completions"),
+        ({"top_k": 3}, r"config.stage: unknown keys \['top_k'\]"),
+        ({"prompts": 10}, "config.data: expected at least 10 prompts, got 9"),
+    ],
+)
+def test_settings_that_cannot_be(small_checkpoint, prompts, options, sentence):
+    with pytest.raises(TrainingError, match=sentence):
+        make(small_checkpoint, prompts, **options)
+
+
+def test_prompt_that_leaves_no_room(small_checkpoint, prompts, model):
+    stage = make(small_checkpoint, prompts, max_new_tokens=130)
+    with pytest.raises(TrainingError, match=r"sample p\d: it needs data.length of \d+, and the largest is 144; mend"):
+        stage.next_batch(0, lambda: model)
