@@ -21,7 +21,14 @@ MAX_ASPECT_RATIO = 200
 
 
 class DataError(ValueError):
-    """Input that cannot become a batch; the message names the sample or file, what was expected, what arrived."""
+    """Input that cannot become a batch; the message names the sample or file, what was expected, what arrived.
+
+    `reason` is the kind of mistake in a few words, for counting rows that are left out.
+    """
+
+    def __init__(self, message: str, reason: str = "bad row"):
+        super().__init__(message)
+        self.reason = reason
 
 
 @runtime_checkable

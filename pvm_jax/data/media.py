@@ -97,7 +97,7 @@ class MediaReader:
             return Image.fromarray(entry[..., 0] if entry.ndim == 3 and entry.shape[-1] == 1 else entry)
         if isinstance(entry, bytes):
             if not entry:
-                raise DataError(f"{field}: the {what} has no bytes")
+                raise DataError(f"{field}: the {what} has no bytes", "missing image")
             return entry
         if not isinstance(entry, str) or not entry:
             raise DataError(
@@ -118,7 +118,10 @@ class MediaReader:
             found = next((file for place in self._places if (file := place.find(name)) is not None), None)
             tried = [f"{os.path.join(str(place), name):.200}" for place in self._places]
         if found is None:
-            raise DataError(f"{field}: no {what} file at {' or '.join(tried)}; relative paths start from image_folder")
+            raise DataError(
+                f"{field}: no {what} file at {' or '.join(tried)}; relative paths start from image_folder",
+                "missing image",
+            )
         return found
 
 

@@ -20,7 +20,7 @@ of raw text; `<image>` in a user's string is where the image goes, and only with
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pvm_jax.data.images import DataError
@@ -30,6 +30,7 @@ ROLES = ("system", "user", "assistant", "tool")
 FORMS = (("messages",), ("prompt", "completion"), ("question", "answer"))
 MEDIA = ("image", "video")
 _PLACEHOLDER = re.compile("(<image>|<video>)")
+Adapt = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 
 class RowReader:
@@ -39,27 +40,37 @@ class RowReader:
       places: what relative paths of images and videos start from.
       rename: {column of the data set: field of this module}, e.g. {"problem": "question"}.
       require_answer: whether a row without an answer to learn, or with an empty one, is an error.
+      adapt: (row, where) -> a row in one of the forms above, for data sets in another (`prompts.py`); after `rename`.
     """
 
-    def __init__(self, places: Sequence[Place], rename: Mapping[str, str] | None = None, require_answer: bool = True):
+    def __init__(
+        self,
+        places: Sequence[Place],
+        rename: Mapping[str, str] | None = None,
+        require_answer: bool = True,
+        adapt: Adapt | None = None,
+    ):
         self._media = MediaReader(places)
         self._rename = dict(rename or {})
         self._require_answer = require_answer
+        self._adapt = adapt
 
     def record(self, row: Mapping[str, Any], where: str, default_id: str) -> dict[str, Any]:
         """The record of a row; `where` ("data.jsonl row 3 (line 4)") begins the sentence of a DataError."""
         row = {self._rename.get(name, name): value for name, value in row.items() if value is not None}
+        if self._adapt is not None:
+            row = self._adapt(row, where)
         form = next((form for form in FORMS if form[0] in row), None)
         if form is None:
             expected = ", or ".join(" and ".join(f"`{field}`" for field in form) for form in FORMS)
             raise DataError(f"{where}: expected {expected}; the row has {', '.join(row) or 'no fields'}")
         pair = len(form) == 2
-        metadata = _parsed(row.get("metadata"))
+        metadata = parsed(row.get("metadata"))
         if pair:
             spans = row.get("no_loss") or (metadata.get("no_loss") if isinstance(metadata, dict) else None)
             messages = self._pair(row, form, spans, where)
         else:
-            messages = _message_list(_parsed(row["messages"]), f"{where}, messages")
+            messages = _message_list(parsed(row["messages"]), f"{where}, messages")
 
         queues = {kind: _Queue(kind, self._column(row, kind, where), where) for kind in MEDIA}
         normal = [self._message(message, field, queues) for message, field in messages]
@@ -70,7 +81,7 @@ class RowReader:
         if self._require_answer:
             _check_answers(normal, [field for _, field in messages], where)
         record = {"id": str(row.get("id", default_id)), "messages": normal}
-        extra = {"metadata": metadata, "tools": _parsed(row.get("tools"))}
+        extra = {"metadata": metadata, "tools": parsed(row.get("tools"))}
         return record | {name: value for name, value in extra.items() if value}
 
     def _pair(self, row: Mapping, form: tuple[str, str], spans: Any, where: str) -> "_Located":
@@ -164,7 +175,8 @@ class _Queue:
             kind = self._kind
             raise DataError(
                 f"{self._where}, {kind}s: expected one for each place in the messages, got {len(self._parts)} {kind}s "
-                f"and {self.places} places; a place is <{kind}> in the user's text (as a text part it is only text)"
+                f"and {self.places} places; a place is <{kind}> in the user's text (as a text part it is only text)",
+                "images and places differ",
             )
 
 
@@ -175,7 +187,7 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """JSON in a string (how TFDS rows hold what is nested) is parsed; other values stay as they are."""
     if isinstance(value, str):
         try:

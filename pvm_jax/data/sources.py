@@ -23,7 +23,7 @@ import numpy as np
 
 from pvm_jax.data.images import DataError
 from pvm_jax.data.media import Folder, open_places
-from pvm_jax.data.records import RowReader
+from pvm_jax.data.records import Adapt, RowReader
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -50,6 +50,7 @@ def open_source(
     image_folder: str | Path | Sequence[str | Path] | None = None,
     rename: Mapping[str, str] | None = None,
     require_answer: bool = True,
+    adapt: Adapt | None = None,
 ) -> "Records":
     """Opens JSONL and parquet files, folders of such files, or TFDS directories, one after the other.
 
@@ -60,6 +61,7 @@ def open_source(
         first that has the image gives it. None: the folder of the file that names it.
       rename: {column of the data set: field of records.py}.
       require_answer: False for prompts alone.
+      adapt: (row, where) -> the row in a form of records.py.
     """
     patterns = [files] if isinstance(files, str | Path) else list(files)
     opened: list[_Rows] = []
@@ -70,7 +72,7 @@ def open_source(
         else:
             opened.append(JsonlRows(path) if path.suffix == ".jsonl" else ParquetRows(path, groups))
     places = open_places(image_folder) if image_folder else None
-    readers = [RowReader(places or [Folder(rows.path.parent)], rename, require_answer) for rows in opened]
+    readers = [RowReader(places or [Folder(rows.path.parent)], rename, require_answer, adapt) for rows in opened]
     if not sum(map(len, opened)):
         raise DataError(
             f"the data set is empty: no rows in {', '.join(map(str, patterns)) or 'an empty list of files'}"
