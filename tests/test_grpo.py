@@ -216,8 +216,8 @@ def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, mo
 
 def test_groups_without_variance_change_nothing(setting, small_checkpoint, tmp_path, monkeypatch):
     """All rewards alike: AdamW's momentum must not move the parameters either."""
-    same = REWARDS.replace("even", "same")
-    training_runs.run(monkeypatch, setting, tmp_path / "w", same, "--config.steps=2")
+    flags = tuple(REWARDS.replace("even", "same") if flag == REWARDS else flag for flag in setting.flags)
+    training_runs.run(monkeypatch, Setting(setting.folder, flags), tmp_path / "w", "--config.steps=2")
     lines = read_metrics(tmp_path / "w")
     assert [line["idle"] for line in lines] == [1, 1] and [line["groups_without_variance"] for line in lines] == [1, 1]
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path / "w"), parameters(small_checkpoint))
