@@ -4,6 +4,7 @@
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/demo}
+SEED=${SEED:-0}
 BASE=assets/digits_base
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RUNS/xla}
 
@@ -16,12 +17,13 @@ step "data: mosaics of real handwritten digits, as a TFDS data set"
 $PYTHON -m pvm_jax.data.prepare_digits runs/data
 
 step "convert: the Hugging Face checkpoint gains PVM in layer 0, or the control"
-pvm=(--pvm_layers=0 --pvm_hidden_size=64 --pvm_init=fan_in)
+pvm=(--pvm_layers=0 --pvm_hidden_size=128 --pvm_init=fan_in --pvm_seed="$SEED")
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/pvm-start" "${pvm[@]}"
 $PYTHON -m pvm_jax.convert from_hf $BASE "$RUNS/slots-start" "${pvm[@]}" --pvm_slots=36
 
 train() {
-  $PYTHON train.py --config="configs/digits_sft.py$2" --config.model.path="$RUNS/$1-start" --workdir="$RUNS/$1"
+  $PYTHON train.py --config="configs/digits_sft.py$2" --config.seed="$SEED" --config.model.path="$RUNS/$1-start" \
+    --workdir="$RUNS/$1"
 }
 step "train: SFT of PVM on answers of at most 256 tokens, and beside it of slots (progress in $RUNS/slots.log)"
 train slots :slots >"$RUNS/slots.log" 2>&1 &

@@ -280,6 +280,19 @@ def test_head_loss_in_closed_form():
     assert (float(right), float(count)) == (1.0, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("init", "tied", "deviation"), [("fan_in", False, 1), ("fan_in", True, 0.1), ("normal", False, 0.02)]
+)
+def test_deviation_of_fresh_embeddings(init, tied, deviation):
+    """A look-up has one input; a tied table of width 100 is the head's matrix, too."""
+    from flax import nnx
+
+    from pvm_jax.models.layers import Make
+
+    table = Make(nnx.Rngs(0), init=init).table(500, 100, ("vocab", "embed"), tied)
+    np.testing.assert_allclose(np.std(table[...]), deviation, rtol=0.02)
+
+
 def test_auxiliary_loss_adds_its_weight_and_reaches_the_vision_tower(labelled, model_dir):
     import jax
     from flax import nnx

@@ -325,7 +325,7 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
         return done.stdout
 
     base, pvm, sft = ROOT / "assets" / "digits_base", tmp_path / "pvm", tmp_path / "sft"
-    add = ("--pvm_layers=0", "--pvm_hidden_size=64", "--pvm_init=fan_in")
+    add = ("--pvm_layers=0", "--pvm_hidden_size=128", "--pvm_init=fan_in")
     command("-m", "pvm_jax.convert", "from_hf", base, pvm, *add)
     given = (f"--config.model.path={pvm}", f"--config.data.path={data}")
     command("train.py", "--config=configs/digits_sft.py:smoke", f"--workdir={sft}", *given)

@@ -1,6 +1,6 @@
 """TFDS builder of the digit mosaics (`digits_task.py`); needs neither TensorFlow nor a download.
 
-`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.0.0`, to be read by
+`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.1.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of 7-64 and 100-256
 tokens; test answers by length, the longest 490-505), `base` and `text` what the tiny base model is trained on.
 Features of a row:
@@ -35,10 +35,10 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "test_505": (96, Spec("test", 505, 490, verbose=1.0)),
     },
     "base": {
-        "easy": (14400, Spec("train", 37, blocks=0.4)),
-        "short": (24000, Spec("train", 37)),
+        "easy": (14400, Spec("train", 23, blocks=0.4)),
+        "short": (24000, Spec("train", 23)),
         "chains": (4000, Spec("train", 505, verbose=0.75, blank=True)),
-        "spans": (12000, Spec("train", 64, verbose=0.8, blank=True)),
+        "spans": (12000, Spec("train", 100, verbose=0.8, blank=True)),
     },
     "text": {
         "ends": (16000, Spec("train", 16, verbose=0.0, blank=True)),
@@ -49,7 +49,7 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Mosaics of scikit-learn's handwritten digits, with questions, reasoning and answers."""
 
-    VERSION = tfds.core.Version("2.0.0")
+    VERSION = tfds.core.Version("2.1.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]
 
     def _info(self) -> tfds.core.DatasetInfo:

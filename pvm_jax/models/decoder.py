@@ -103,7 +103,8 @@ class Decoder(nnx.Module):
     def __init__(self, make: Make, config: ModelConfig, *, scan: bool, remat: bool):
         text = config.text
         pvm_layers = config.pvm.layers if config.pvm else ()
-        self.embed_tokens = make.normal((text.vocab_size, text.hidden_size), ("vocab", "embed"))
+        tied = config.tie_word_embeddings
+        self.embed_tokens = make.table(text.vocab_size, text.hidden_size, ("vocab", "embed"), tied)
         self.layers = nnx.Dict(
             {
                 group_name(g): DecoderLayer(make.stacked(len(g)), text, config.pvm if g[0] in pvm_layers else None)

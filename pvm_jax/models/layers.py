@@ -42,6 +42,11 @@ class Make:
         std = 0.02 if self.init == "normal" else 1 / math.sqrt(math.prod(inputs))
         return self.normal((*out, *inputs), axes, std)
 
+    def table(self, rows: int, width: int, axes: tuple[str, str], tied: bool) -> nnx.Param:
+        """Embeddings [rows, width]. Under "fan_in" a look-up has one input, and a tied table is the head's matrix."""
+        std = 0.02 if self.init == "normal" else 1 / math.sqrt(width if tied else 1)
+        return self.normal((rows, width), axes, std)
+
     def normal(self, shape: tuple[int, ...], axes: tuple[str, ...], std: float = 0.02) -> nnx.Param:
         return self._param(nnx.initializers.normal(std), shape, axes)
 
