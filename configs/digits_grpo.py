@@ -5,7 +5,7 @@ Launch, from the repository's root (`make demo` first, or the commands of config
     python eval.py --config=configs/digits_eval.py --workdir=runs/eval-grpo --config.checkpoint=runs/digits-grpo
 
 Recipe: configs/grpo.py, with rewards of this task: half for the share of words in their place, half for an answer
-that is right word for word. Prompts are those of SFT's short answers, whose digits are training digits.
+that is right word for word. Prompts are for answers of 16-128 tokens, with training digits.
 
 Arguments, separated by commas: `smoke`, the same configuration in a few steps.
 """
@@ -27,8 +27,8 @@ def get_config(argument: str = "") -> ConfigDict:
         ("pvm_jax.training.digits_rewards:words", 0.5),
         ("pvm_jax.training.digits_rewards:exact", 0.5),
     )
-    config.data.path = "runs/data/digits/demo/2.0.0"
-    config.data.split = "sft_64"
+    config.data.path = "runs/data/digits/demo/2.1.0"
+    config.data.split = "prompts"
     config.data.layout = "mmk12"  # columns question and answer, and an image
     config.data.prompt_length = (64,)
     config.data.length = (200,)

@@ -29,6 +29,7 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "sft_easy": (1600, Spec("train", 64, verbose=0.3, blocks=1.0)),
         "sft_64": (2400, Spec("train", 64, verbose=0.3)),
         "sft_256": (1600, Spec("train", 256, 100, verbose=0.8)),
+        "prompts": (1600, Spec("train", 128, 16, verbose=0.5)),
         "test_64": (128, Spec("test", 64)),
         "test_128": (96, Spec("test", 128, 66, verbose=0.5)),
         "test_256": (96, Spec("test", 256, 140, verbose=1.0)),
