@@ -273,10 +273,10 @@ def test_format_reward_is_the_release_s_expression():
         " <think></think><answer></answer>",
         "<think></think><answer></answer>.",
     ]
-    texts += ["".join(rng.choice(tags, size)) for size in rng.integers(3, 9, 20000)]
+    texts += ["".join(rng.choice(tags, size)) for size in rng.integers(3, 9, 6000)]
     expected = [float(WELL_FORMED.match(text) is not None) for text in texts]
     assert format_reward([message(text) for text in texts]) == expected
-    assert expected[:7] == [1, 1, 0, 0, 0, 0, 0] and sum(expected) > 20
+    assert expected[:7] == [1, 1, 0, 0, 0, 0, 0] and sum(expected) > 5
     assert format_reward(["<think>a</think><answer>b</answer>"]) == [1.0]  # a string is a completion too
 
 
