@@ -69,7 +69,7 @@ class Grader:
         """A verdict for each pair. None stands for a completion without an answer.
 
         Raises:
-          GradingError: mathruler is not installed, or cannot be loaded within the limits.
+          GradingError: mathruler is not installed, or no process can be started and load it within the limits.
         """
         pairs = [(None if a is None else unboxed(a), unboxed(b)) for a, b in zip(given, gold, strict=True)]
         verdicts = {pair: _by_rule(*pair) for pair in pairs}  # completions of a prompt often agree
@@ -100,7 +100,7 @@ def _by_rule(given: str | None, gold: str) -> Verdict | None:
     if given is None:
         return Verdict(False, "missing")
     if not given or not gold or max(len(given), len(gold)) > MAX_CHARACTERS:
-        return Verdict(given == gold != "", "rule" if given == gold != "" else "unparsable")
+        return Verdict(True, "rule") if given and given == gold else Verdict(False, "unparsable")
     same = compare(normalized(given), normalized(gold))
     return None if same is None else Verdict(same, "rule")
 
@@ -140,20 +140,20 @@ class _Child:
     def _start(self) -> None:
         self.pairs = 0
         command = [sys.executable, "-I", "-B", str(_PROGRAM), str(self.seconds / 2), str(self.memory)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-            close_fds=True,
-            cwd="/",
-            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-            start_new_session=True,  # Ctrl-C is for the run to handle
-        )
         try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+                close_fds=True,
+                cwd="/",
+                env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                start_new_session=True,  # Ctrl-C is for the run to handle
+            )
             reply = self._ask(None, _START_SECONDS)
-        except _Lost as lost:
+        except (_Lost, OSError) as lost:
             raise GradingError(
                 f"the grading process could not start within {_START_SECONDS:.0f} s and {self.memory / 2**20:.0f} MiB "
                 f"({lost}); to see why, run: echo | {' '.join(command)}"

@@ -47,8 +47,9 @@ _GRADER = Grader()  # starts nothing before there is something to grade
 def format_reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     """1 for `<think>...</think> <answer>...</answer>` and nothing around it but space at the end, else 0.
 
-    Says what the release's expression `^<think>.*?</think>\\s*<answer>.*?</answer>\\s*$` says of a whole completion,
-    in time linear in its length: the expression's backtracking takes hours for a megabyte of closing tags.
+    Says what the release's expression `^<think>.*?</think>\\s*<answer>.*?</answer>\\s*$` says, a dot being any
+    character, but in linear time: backtracking is quadratic in the number of closing tags, and a completion may have
+    thousands of them.
     """
     return [float(_well_formed(_text(completion))) for completion in completions]
 
@@ -258,10 +259,7 @@ class _Call:
 
 def _well_formed(text: str) -> bool:
     text = text.rstrip()
-    between = _BETWEEN.search(text, len(_THINKING))
-    return (
-        bool(between) and text.startswith(_THINKING) and text.endswith(_END) and between.end() <= len(text) - len(_END)
-    )
+    return text.startswith(_THINKING) and text.endswith(_END) and bool(_BETWEEN.search(text, len(_THINKING)))
 
 
 def _text(completion: Any) -> str:
