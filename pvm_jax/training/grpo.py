@@ -43,7 +43,7 @@ from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, advant
 from pvm_jax.training.rewards import Rewards, Scores
 from pvm_jax.training.rollout import Rollout, Shapes
 from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, TrainingError
-from pvm_jax.training.step import put_batch, split_rows
+from pvm_jax.training.step import micro_batch, put_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +366,7 @@ class GRPO:
 
         def run(graphdef: Any, params: Any, batch: PolicyBatch) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            taken = jax.lax.map(lambda part: self._scores(model, part).log_probs, split_rows(batch, parts))
+            taken = jax.lax.map(lambda i: self._scores(model, micro_batch(batch, i, parts)).log_probs, jnp.arange(parts))
             # Row i of part j is row i * parts + j; the log-probability in column t is that of token t + 1.
             rows = taken.swapaxes(0, 1).reshape(-1, taken.shape[-1])
             return jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
