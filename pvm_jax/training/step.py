@@ -129,7 +129,8 @@ def loss_and_gradients(
     else:
 
         def part(index: Any) -> Any:
-            return one(micro_batch(batch, index, micro_batches))
+            # Without the barrier, XLA casts the patches of all parts before the loop and keeps the copy.
+            return one(jax.lax.optimization_barrier(micro_batch(batch, index, micro_batches)))
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
         result = jax.lax.fori_loop(0, micro_batches, lambda i, sums: jax.tree.map(jnp.add, sums, part(i)), zeros)
