@@ -40,6 +40,7 @@ class Plan:
       collectives: bytes by kind.
       cycles: the compiler's estimate, 0 where it gives none.
       flops: of the matrix products outside of kernels, on one device.
+      seconds, processor_seconds: of lowering and compiling, by the clock and on all cores together.
       refusal: the compiler's sentence, or "".
     """
 
@@ -51,6 +52,7 @@ class Plan:
     cycles: float
     flops: float
     seconds: float
+    processor_seconds: float
     refusal: str = ""
 
     @property
@@ -84,7 +86,7 @@ class Plan:
         if self.cycles and self.topology.clock:
             seconds = self.cycles / (self.topology.clock * 1e9)
             rows.append(("cycles", f"{self.cycles:.3g} ({seconds:.2f} s) without kernels; to compare programs only"))
-        rows.append(("compiled in", f"{self.seconds:.0f} s"))
+        rows.append(("compiled in", f"{self.seconds:.0f} s, {self.processor_seconds:.0f} s of processor time"))
         width = max(len(name) for name, _ in rows) + 2
         return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
@@ -107,7 +109,11 @@ def recipe(config: Mapping[str, Any], where: Topology) -> Recipe:
 
 def compile_for(step: TrainStep, where: Topology) -> tuple[Plan, str]:
     """The plan of a program, and its compiled text ("" where the compiler refused)."""
-    begun = time.monotonic()
+    begun, begun_processor = time.monotonic(), time.process_time()
+
+    def spent() -> tuple[float, float]:
+        return time.monotonic() - begun, time.process_time() - begun_processor
+
     lowered = step.trace().lower()
     try:
         compiled = lowered.compile()
@@ -119,7 +125,8 @@ def compile_for(step: TrainStep, where: Topology) -> tuple[Plan, str]:
             r"Ran out of memory.*?\(?[\d.]+[KMGT]\)?.*?exceed\w* .*?[\d.]+[KMGT]?\)?\.?(?= |$)", message
         )
         refusal = sentence[0] if sentence else message[:300]
-        return Plan(where, step, 0, 0, {}, 0.0, 0.0, time.monotonic() - begun, refusal), ""
+        return Plan(where, step, 0, 0, {}, 0.0, 0.0, *spent(), refusal), ""
+    seconds = spent()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     program = Program(text)
     plan = Plan(
@@ -130,7 +137,7 @@ def compile_for(step: TrainStep, where: Topology) -> tuple[Plan, str]:
         program.collectives(),
         program.cycles(),
         program.flops(),
-        time.monotonic() - begun,
+        *seconds,
     )
     return plan, text
 

@@ -20,7 +20,7 @@ from pvm_jax.training.freeze import Partition, describe, flatten, trainable_name
 from pvm_jax.training.losses import cross_entropy
 from pvm_jax.training.optim import NO_DECAY, OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.stage import StageBatch, TrainingError
-from pvm_jax.training.step import TrainState, loss_and_gradients, make_update, split_rows
+from pvm_jax.training.step import TrainState, loss_and_gradients, make_update, micro_batch
 
 PVM_ONLY = (("pvm_block/", True), ("", False))
 
@@ -271,7 +271,7 @@ def test_accumulated_micro_batches_equal_one_big_batch(model, processor, samples
     for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
-    each = [gradients(model, jax.tree.map(lambda x, i=i: x[i], split_rows(batch, 2))) for i in range(2)]
+    each = [gradients(model, micro_batch(batch, i, 2)) for i in range(2)]
     name = "text/layers/3/pvm_block/output_expander"
     mean_of_means = sum(e[-1][name] for e in each) / 2
     assert np.abs(mean_of_means - whole[-1][name]).max() > 1e-3

@@ -8,8 +8,8 @@ Bytes of one device: what cannot be avoided under the recipe, with each layer re
     batch         its arrays
     layer inputs  one hidden state [rows,T,D] for every layer from the first trainable one on, and the gradient of the
                   last one, which the loss keeps
-    work          the larger of: one layer with its gathered weights and activations; a chunk of the head with the
-                  gathered vocabulary projection, logits and their gradient
+    work          the larger of: one layer's activations with its gathered weights; a chunk's logits and their gradient
+                  with the gathered vocabulary projection. With fsdp = 1 nothing is gathered
 
 Flops follow the same recipe: frozen layers below the first trainable one run once; those above run forward, again
 when they are recomputed, and once more for the gradient of their input. Attention is counted in full blocks.
@@ -49,11 +49,12 @@ def unavoidable(step: TrainStep) -> Bytes:
     tokens = rows * shape.length
     trainable = on_device(step.state.trainable.values())
     layer_inputs = 2 * tokens * text.hidden_size * (text.num_hidden_layers - first_trainable(step) + 1)
-    gathered = 2 * layer_weights(text) // tensor
+    gathered, projection = 2 * layer_weights(text) // tensor, 2 * text.vocab_size * text.hidden_size // tensor
+    if mesh.shape["fsdp"] == 1:
+        gathered = projection = 0
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     activations = 2 * tokens * (2 * heads * text.head_dim + 3 * text.intermediate_size) // tensor
     logits = 2 * 4 * rows * step.chunk * text.vocab_size // tensor
-    projection = 2 * text.vocab_size * text.hidden_size // tensor
     return Bytes(
         weights=trainable + on_device(step.frozen.values()),
         optimizer=on_device(jax.tree.leaves(step.state.optimizer)) + trainable,

@@ -93,16 +93,17 @@ def compiled(update: Callable[..., Any], state: TrainState, mesh: AnyMesh) -> Ca
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def split_rows(batch: Any, parts: int) -> Any:
-    """A leading axis of `parts` micro-batches on every leaf.
+def micro_batch(batch: Any, index: Any, parts: int) -> Any:
+    """Micro-batch `index` of `parts`, on every leaf: rows index, index + parts, ...
 
-    Micro-batch i takes rows i, i + parts, ...: rows that lie on one device then stay there.
+    Rows that lie on one device stay there. Inside of a loop only this part is read; an array of all parts, in the
+    order in which they are taken, would be a second copy of the batch.
     """
 
     def one(path: tuple[Any, ...], x: Any) -> Array:
         axis = 1 if getattr(path[-1], "name", "") == "positions" else 0
-        shape = (*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x.reshape(shape), axis + 1, 0)
+        grouped = x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+        return jax.lax.dynamic_index_in_dim(grouped, index, axis + 1, keepdims=False)
 
     return jax.tree_util.tree_map_with_path(one, batch)
 
@@ -126,10 +127,13 @@ def loss_and_gradients(
     if micro_batches == 1:
         result = one(batch)
     else:
-        parts = split_rows(batch, micro_batches)
-        first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        result, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, parts)
+
+        def part(index: Any) -> Any:
+            # Without the barrier, XLA casts the patches of all parts before the loop and keeps the copy.
+            return one(jax.lax.optimization_barrier(micro_batch(batch, index, micro_batches)))
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
+        result = jax.lax.fori_loop(0, micro_batches, lambda i, sums: jax.tree.map(jnp.add, sums, part(i)), zeros)
     (loss, (count, metrics)), gradients = result
     scale = jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)
     return loss, count, metrics, {name: g * scale for name, g in gradients.items()}
