@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,13 +107,13 @@ def convert_from_hf(
     params = {}
     with tqdm(total=len(table), desc="from_hf", unit="param", disable=not progress) as bar:
 
-        def fill(path: str, value: np.ndarray) -> None:
+        def pieces(path: str, as_dtype: np.dtype) -> Iterator[np.ndarray]:
+            yield from weights.pieces(path, as_dtype)
             bar.update()
-            weights.fill(path, value)
 
         for leaf in table:
             as_dtype = jnp.dtype(dtype) if dtype else weights.dtype(leaf.path)
-            params[leaf.path] = Lazy(leaf.shape, as_dtype, functools.partial(fill, leaf.path))
+            params[leaf.path] = Lazy(leaf.shape, as_dtype, functools.partial(pieces, leaf.path, as_dtype))
         save_native(dst, raw, params, src)
     return Summary(dst, *count_parameters(config), sum(p.nbytes for p in params.values()))
 
