@@ -75,20 +75,25 @@ def _write(value: Lazy, directory: Path) -> None:
         "metadata": {"shape": value.shape, "chunks": chunk, "compressor": None},
     }
     ts.open(spec, dtype=ts.dtype(value.dtype), create=True).result()
-    left = memoryview(b"")
-    pieces = iter(value.pieces())
+    left, pieces = memoryview(b""), iter(value.pieces())
     for place in np.ndindex(*(-(-n // c) for n, c in zip(value.shape, chunk))):
         inside = (min(c, n - i * c) for n, c, i in zip(value.shape, chunk, place))
         missing = math.prod(inside) * value.dtype.itemsize
         with (directory / (".".join(map(str, place)) or "0")).open("wb", buffering=0) as file:
             while missing:
-                left = left or memoryview(next(pieces).reshape(-1).view(np.uint8))
+                left = left or _bytes(next(pieces, None))
+                if not left:
+                    raise ValueError(f"{directory.name}: expected pieces of {value.nbytes} bytes, they end before")
                 count = file.write(left[:missing])
                 left, missing = left[count:], missing - count
             file.truncate(math.prod(chunk) * value.dtype.itemsize)  # the format pads the last chunk
             os.fsync(file.fileno())
     if left or next(pieces, None) is not None:
-        raise ValueError(f"{directory.name}: expected pieces of {value.nbytes} bytes, got more")
+        raise ValueError(f"{directory.name}: expected pieces of {value.nbytes} bytes, there are more")
+
+
+def _bytes(array: np.ndarray | None) -> memoryview:
+    return memoryview(b"" if array is None else np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

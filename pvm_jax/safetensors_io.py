@@ -26,7 +26,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
-_PIECE_BYTES = 2**20  # what is read and written again right away should still be in the processor's cache
+_PIECE_BYTES = 2**17  # what is read and written again right away should still be in the processor's cache
 
 
 class WeightsError(ValueError):

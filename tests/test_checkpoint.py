@@ -153,7 +153,7 @@ def test_parameters_are_restored_already_sharded(pvm_checkpoint, native, tmp_pat
 def test_each_parameter_has_the_dtype_that_is_wanted(pvm_checkpoint, native, kind):
     path = {"hf": pvm_checkpoint, "native": native}[kind]
     want = {
-        p: jax.ShapeDtypeStruct(w.shape, jnp.float32 if "pvm_block" in p else jnp.bfloat16)
+        p: jax.ShapeDtypeStruct(w.shape, jnp.float32 if "pvm_block" in p or "/3/" in p else jnp.bfloat16)
         for p, w in wanted(open_checkpoint(path).config, scan=False).items()
     }
     params = load_params(path, want)
