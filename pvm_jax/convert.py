@@ -8,9 +8,9 @@
 writes a native checkpoint or a training workdir as Hugging Face files; `from_hf` and then `to_hf` gives back every bit.
 `check` compares logits with transformers (see `hf_check`).
 
-Both conversions hold one parameter (of one group of layers) in memory at a time and write to a temporary directory
-beside DST, which takes DST's name at the end: a failure leaves nothing. Names and shapes are in `hf_names`, initial
-values of PVM in `pvm_init`.
+`from_hf` holds pieces of four parameters in memory at a time, `to_hf` one parameter (of one group of layers). Both
+write to a temporary directory beside DST, which takes DST's name at the end: a failure leaves nothing. Names and shapes
+are in `hf_names`, initial values of PVM in `pvm_init`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Parameters on disk as Orbax trees: written one at a time, restored already sharded and in another grouping.
+"""Parameters on disk as Orbax trees: written piece by piece, restored already sharded and in another grouping.
 
 A parameter is known by its path, e.g. "text/layers/0-2/self_attn/q_proj"; its leading axis counts the layers 0, 1, 2.
 Checkpoints hold the groups of `scan=True`, a model may want each layer on its own: `restore` slices and stacks.
@@ -20,8 +20,9 @@ import tensorstore as ts
 
 from pvm_jax.hf_names import parse_group
 
-# A chunk is a file. Small enough that a host which restores some layers or rows alone reads little else; columns are
-# not cut, so that a chunk is a run of bytes of the parameter.
+# A chunk is a file, small enough that a host which restores some layers or rows alone reads little else. Columns are
+# not cut, so that a chunk is a run of bytes of the parameter; a host whose mesh cuts them reads whole chunks, and keeps
+# its part of each.
 _CHUNK_BYTES = 32 * 2**20
 # Files that are written at a time: while the disk works on some, the others are copied.
 _THREADS = 4

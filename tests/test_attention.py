@@ -182,6 +182,18 @@ def test_lowering_for_accelerators_has_no_square_matrix(monkeypatch, kind, platf
     assert f"{length}x{length}x" not in text
 
 
+@pytest.mark.parametrize("kind", ["splash", "cudnn"])
+def test_the_backward_pass_keeps_no_square_matrix(kind):
+    """Nor the blocks of one, which together are as large."""
+    length, mesh = 4096, make_mesh(devices=jax.devices()[:1])
+    ids = jnp.zeros((1, length), jnp.int32)
+    rule = Rule(ids, ids, True, Kernels(kind, mesh, interpret=True))
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, length, 1, 64), *[(1, 1, length, 64)] * 2]]
+    traced = jax.make_jaxpr(jax.grad(lambda *x: attend(*x, rule).sum(), argnums=(0, 1, 2)))(*inputs)
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[(\d[\d,]*)\]", str(traced))]
+    assert length * 64 <= max(sizes) < length**2
+
+
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("kind", ["mask", "ids"])
 def test_reference_in_blocks_of_queries(kind, platform, monkeypatch):

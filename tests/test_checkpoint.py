@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors import numpy as st
 
 import pvm_jax
+from pvm_jax import orbax_io
 from pvm_jax.checkpoint import (
     CheckpointError,
     abstract_model,
@@ -147,6 +148,14 @@ def test_parameters_are_restored_already_sharded(pvm_checkpoint, native, tmp_pat
     split = params["text/embed_tokens"]
     assert split.addressable_shards[0].data.size == split.size // 4
     assert_equal(params, values(load_model(path, scan=scan)))
+
+
+def test_groups_are_let_go_as_they_are_taken_apart(native, monkeypatch):
+    """While layers are regrouped a device holds the model and one group, not the model twice."""
+    restored, restore = [], orbax_io.Stored._restore
+    monkeypatch.setattr(orbax_io.Stored, "_restore", lambda *args: restored.append(restore(*args)) or restored[-1])
+    load_params(native, wanted(open_checkpoint(native).config, scan=False))
+    assert restored == [{}]
 
 
 @pytest.mark.parametrize("kind", ["hf", "native"])

@@ -131,7 +131,7 @@ def test_barrier_names_the_processes_that_do_not_come(ended):
 
 
 def test_exchange_of_a_batch_nobody_needs_ends(ended):
-    cluster, asked = Cluster(0, 2), threading.Event()
+    cluster, asked = Cluster(0, 2, start_limit=5.0), threading.Event()
     threading.Timer(0.1, asked.set).start()
     with pytest.raises(Cancelled):
         cluster.exchange_of_step(3, "text", asked.is_set)
@@ -189,13 +189,15 @@ def test_guard_tells_before_anything_is_closed(ended):
 
 
 def test_process_0_ends_when_all_have_heard_why(ended, monkeypatch):
-    """What processes say to each other ends with process 0."""
-    clusters, heard = [Cluster(i, 3, silence_limit=5.0) for i in range(3)], []
+    """What processes say to each other ends with process 0, which waits for ten looks of the others."""
+    monkeypatch.setattr(distributed, "_POLL", 0.2)
+    clusters, heard, over = [Cluster(i, 3, silence_limit=9.0) for i in range(3)], [], threading.Event()
     end = distributed._exit
 
     def recorded(sentence: str) -> None:
         if threading.current_thread().name == "process 0":
             heard.extend(clusters[0]._read()["seen"])
+            over.set()
         end(sentence)
 
     monkeypatch.setattr(distributed, "_exit", recorded)
@@ -204,7 +206,7 @@ def test_process_0_ends_when_all_have_heard_why(ended, monkeypatch):
         with clusters[i]:
             if i == 0:
                 raise DistributedError("no")
-            time.sleep(0.3)
+            over.wait(timeout=20)
 
     together(3, work)
     assert sorted(heard) == [1, 2]
@@ -315,6 +317,23 @@ def test_sigterm_reaches_a_single_process():
         os.kill(os.getpid(), signal.SIGTERM)
         assert cluster.stop_after(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_a_process_that_only_joined(ended):
+    """Joining lets JAX catch the signal, for a run that then asks JAX; nobody here does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with Cluster(0, 2):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_orderly_exit_is_no_failure(ended):
+    with pytest.raises(SystemExit), Cluster(0, 2) as cluster, cluster.guard():
+        raise SystemExit(2)
+    assert ended == [] and "pvm_jax/watch/error/0" not in distributed._store().values
 
 
 # ---- Joining -----------------------------------------------------------------------------------------------------
