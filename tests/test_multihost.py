@@ -471,8 +471,8 @@ class Pair:
 
     def __init__(self, folder: Path, program: str, *flags: str):
         port = free_port()
-        # The programs that the first pair compiles are there for the next.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        # All that the first pair compiles is there for the next, in the tests' own folder for later runs, too.
+        cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         env = os.environ | cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         self._logs = [folder / f"log-{port}-{i}" for i in range(2)]
         self.processes = []
@@ -534,7 +534,7 @@ def test_two_processes_train_and_evaluate_as_one_stop_lose_one_and_go_on_as_one(
     """Two processes of two devices each, parameters split over all four. SIGTERM to one of them saves and ends both;
     two new ones go on; process 1 is killed; one process with four devices goes on.
     """
-    workdir, silence = tmp_path / "w", 20
+    workdir, silence = tmp_path / "w", 10  # seconds that this test waits
     flags = (*setting.flags, f"--workdir={workdir}", f"--silence_limit={silence}")
     with Pair(tmp_path, "train.py", *flags) as pair:
         pair.until(lambda: complete_steps(workdir / "checkpoints") != [])
