@@ -8,9 +8,9 @@
 writes a native checkpoint or a training workdir as Hugging Face files; `from_hf` and then `to_hf` gives back every bit.
 `check` compares logits with transformers (see `hf_check`).
 
-Both conversions hold one parameter (of one group of layers) in memory at a time and write to a temporary directory
-beside DST, which takes DST's name at the end: a failure leaves nothing. Names and shapes are in `hf_names`, initial
-values of PVM in `pvm_init`.
+`from_hf` holds pieces of four parameters in memory at a time, `to_hf` one parameter (of one group of layers). Both
+write to a temporary directory beside DST, which takes DST's name at the end: a failure leaves nothing. Names and shapes
+are in `hf_names`, initial values of PVM in `pvm_init`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,13 +107,13 @@ def convert_from_hf(
     params = {}
     with tqdm(total=len(table), desc="from_hf", unit="param", disable=not progress) as bar:
 
-        def fill(path: str, value: np.ndarray) -> None:
+        def pieces(path: str, as_dtype: np.dtype) -> Iterator[np.ndarray]:
+            yield from weights.pieces(path, as_dtype)
             bar.update()
-            weights.fill(path, value)
 
         for leaf in table:
             as_dtype = jnp.dtype(dtype) if dtype else weights.dtype(leaf.path)
-            params[leaf.path] = Lazy(leaf.shape, as_dtype, functools.partial(fill, leaf.path))
+            params[leaf.path] = Lazy(leaf.shape, as_dtype, functools.partial(pieces, leaf.path, as_dtype))
         save_native(dst, raw, params, src)
     return Summary(dst, *count_parameters(config), sum(p.nbytes for p in params.values()))
 

@@ -33,8 +33,8 @@ def of_safetensors(directory: Path) -> str:
 def of_orbax(directory: Path) -> str:
     """SHA-256 over name, size and a sample of every file of an Orbax tree.
 
-    Its small files are read whole; they name the data files, whose names Orbax draws anew for each save. Two saves
-    therefore never have the same fingerprint, even of equal values.
+    Its small files are read whole; they hold the time of the save. Two saves therefore never have the same
+    fingerprint, even of equal values.
     """
     digest = hashlib.sha256()
     for file in sorted(p for p in directory.rglob("*") if p.is_file()):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -80,13 +80,15 @@ class HFWeights:
 
     def read(self, path: str, dtype: np.dtype | None = None) -> np.ndarray:
         """One parameter, on the host; `dtype` None keeps the files'."""
-        value = np.empty(self.shape(path), dtype or self.dtype(path))
-        self.fill(path, value)
-        return value
+        whole = tuple(slice(None) for _ in self.shape(path))
+        return self._part(path, whole, np.dtype(dtype or self.dtype(path)))
 
-    def fill(self, path: str, value: np.ndarray) -> None:
-        """Writes a parameter into an array of its shape, in the array's dtype."""
-        self._fill(path, tuple(slice(None) for _ in value.shape), value)
+    def pieces(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The elements of a parameter in order, as `dtype`; each array may be overwritten by the next."""
+        for unit in self._of(path):
+            pieces = [self._tensor(unit)] if unit.made else self._reader.pieces(unit.tensor.name)
+            for piece in pieces:
+                yield piece.astype(dtype, copy=False)
 
     def restore(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """Arrays for `wanted`, all of which must be held, each in its dtype and sharding (None: the first device).
@@ -114,8 +116,11 @@ class HFWeights:
         else:
             value = value[None]
         for row, unit in zip(value, units, strict=True):
-            if row.shape == unit.shape and not unit.made and row.dtype == self._stored_dtype(unit):
-                self._reader.read_into(unit.tensor.name, row)
+            if row.shape == unit.shape and not unit.made:
+                flat, start = row.reshape(-1), 0
+                for piece in self._reader.pieces(unit.tensor.name):
+                    flat[start : start + piece.size] = piece
+                    start += piece.size
             else:
                 row[...] = self._tensor(unit)[index]
                 self._reader.forget()

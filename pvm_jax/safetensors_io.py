@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # the format's own limit
+_PIECE_BYTES = 2**17  # what is read and written again right away should still be in the processor's cache
 
 
 class WeightsError(ValueError):
@@ -85,21 +86,25 @@ class SafetensorsReader:
         data = np.frombuffer(self._maps[entry.file], np.uint8, entry.end - entry.start, entry.start)
         return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
 
-    def read_into(self, name: str, target: np.ndarray) -> None:
-        """Fills a contiguous array of the tensor's dtype and size: a copy of `read`, without mapping any page.
+    def pieces(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor's elements in order, without mapping any page; each array is overwritten by the next.
 
         Raises:
           WeightsError: the file has become shorter since it was checked.
         """
         entry = self.entries[name]
-        left = memoryview(target.reshape(-1).view(np.uint8))
+        buffer = np.empty(min(_PIECE_BYTES, entry.end - entry.start), np.uint8)
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.start)
-            while left:
-                count = file.readinto(left)
-                if not count:
-                    raise WeightsError([f"{entry.file}: {name}: expected {len(left)} bytes more, the file ends"])
-                left = left[count:]
+            for start in range(entry.start, entry.end, _PIECE_BYTES):
+                piece = left = memoryview(buffer)[: entry.end - start]
+                while left:
+                    count = file.readinto(left)
+                    if not count:
+                        missing = entry.end - file.tell()
+                        raise WeightsError([f"{entry.file}: {name}: expected {missing} bytes more, the file ends"])
+                    left = left[count:]
+                yield np.frombuffer(piece, DTYPES[entry.dtype])
 
     def forget(self) -> None:
         """Gives back the memory of what `read` has shown: else whole files would count as this process's in the end.

@@ -99,6 +99,7 @@ def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: AnyM
             target = None
         if target in spec and target is not None:
             problems.append(f"{path} {shape}: two of its axes {axes} lie on mesh axis {target!r}")
+            target = None  # a sharding with it twice cannot even be made
         elif target is not None and size % mesh.shape[target]:
             problems.append(
                 f"{path} {shape}: axis {axis!r} of {size} does not divide over mesh.{target} = {mesh.shape[target]}; "

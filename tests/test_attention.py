@@ -4,6 +4,7 @@ Splash attention runs in Pallas's interpreter. cuDNN cannot run here: its blocks
 product in its place, and the program with cuDNN in it is lowered for CUDA.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -11,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh
 
-from pvm_jax.checkpoint import load_model
+from pvm_jax.checkpoint import abstract_model, load_model
+from pvm_jax.config import ModelConfig
 from pvm_jax.data.packing import collate
 from pvm_jax.data.processor import Processor
 from pvm_jax.models import attention as attention_module
@@ -179,6 +182,18 @@ def test_lowering_for_accelerators_has_no_square_matrix(monkeypatch, kind, platf
     assert f"{length}x{length}x" not in text
 
 
+@pytest.mark.parametrize("kind", ["splash", "cudnn"])
+def test_the_backward_pass_keeps_no_square_matrix(kind):
+    """Nor the blocks of one, which together are as large."""
+    length, mesh = 4096, make_mesh(devices=jax.devices()[:1])
+    ids = jnp.zeros((1, length), jnp.int32)
+    rule = Rule(ids, ids, True, Kernels(kind, mesh, interpret=True))
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(1, length, 1, 64), *[(1, 1, length, 64)] * 2]]
+    traced = jax.make_jaxpr(jax.grad(lambda *x: attend(*x, rule).sum(), argnums=(0, 1, 2)))(*inputs)
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[(\d[\d,]*)\]", str(traced))]
+    assert length * 64 <= max(sizes) < length**2
+
+
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("kind", ["mask", "ids"])
 def test_reference_in_blocks_of_queries(kind, platform, monkeypatch):
@@ -202,3 +217,18 @@ def test_ids_are_never_a_whole_mask():
     by_ids = jax.make_jaxpr(lambda q, k, v, i: attention(q, k, v, attention_module.SameId(i, i)))(x, kv, kv, ids)
     by_mask = jax.make_jaxpr(lambda q, k, v, i: attention(q, k, v, i[:, :, None] == i[:, None]))(x, kv, kv, ids)
     assert whole.search(str(by_mask)) and not whole.search(str(by_ids))
+
+
+def test_the_vision_tower_never_has_a_whole_mask(batch):
+    """4,096 patches of a row with the reference, forward and backward."""
+    graphdef, state = nnx.split(abstract_model(ModelConfig.from_hf(tiny.hf_config()), remat=True))
+    names = ("patches", "patch_segment_ids", "patch_coords", "pos_index", "pos_weight")
+    wide = {name: getattr(batch, name) for name in names}
+    wide = {name: jax.ShapeDtypeStruct((1, 4096, *x.shape[2:]), x.dtype) for name, x in wide.items()}
+
+    def total(state, batch):
+        return nnx.merge(graphdef, state).encode_images(batch).tokens.sum()
+
+    traced = str(jax.make_jaxpr(jax.grad(total))(state, dataclasses.replace(batch, **wide)))
+    assert "4096,128]" in traced or "128,4096]" in traced or "512,4096]" in traced, "scores of a block"
+    assert not re.search(r"\[[\d,]*4096,4096\]", traced)

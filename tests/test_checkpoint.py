@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors import numpy as st
 
 import pvm_jax
+from pvm_jax import orbax_io
 from pvm_jax.checkpoint import (
     CheckpointError,
     abstract_model,
@@ -149,11 +150,19 @@ def test_parameters_are_restored_already_sharded(pvm_checkpoint, native, tmp_pat
     assert_equal(params, values(load_model(path, scan=scan)))
 
 
+def test_groups_are_let_go_as_they_are_taken_apart(native, monkeypatch):
+    """While layers are regrouped a device holds the model and one group, not the model twice."""
+    restored, restore = [], orbax_io.Stored._restore
+    monkeypatch.setattr(orbax_io.Stored, "_restore", lambda *args: restored.append(restore(*args)) or restored[-1])
+    load_params(native, wanted(open_checkpoint(native).config, scan=False))
+    assert restored == [{}]
+
+
 @pytest.mark.parametrize("kind", ["hf", "native"])
 def test_each_parameter_has_the_dtype_that_is_wanted(pvm_checkpoint, native, kind):
     path = {"hf": pvm_checkpoint, "native": native}[kind]
     want = {
-        p: jax.ShapeDtypeStruct(w.shape, jnp.float32 if "pvm_block" in p else jnp.bfloat16)
+        p: jax.ShapeDtypeStruct(w.shape, jnp.float32 if "pvm_block" in p or "/3/" in p else jnp.bfloat16)
         for p, w in wanted(open_checkpoint(path).config, scan=False).items()
     }
     params = load_params(path, want)

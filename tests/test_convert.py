@@ -1,6 +1,5 @@
 """Hugging Face <-> native: every bit comes back, every problem is named, a failure leaves nothing."""
 
-import functools
 import json
 import os
 import shutil
@@ -584,31 +583,68 @@ def test_peak_memory_is_a_tensor_and_a_constant(tmp_path):
     assert len(peaks) == 3 and max(peaks) < 0.6 * size, (peaks, size)
 
 
-def test_parameters_are_written_through_one_piece_of_memory_and_synced(tmp_path, monkeypatch):
-    """Batches of 32 MiB at most, or one larger parameter; nothing is compressed; every file reaches the disk."""
-    shapes = {"a": (3, 2**20), "b": (2**20,), "c": (3 * 2**20, 4), "d": (5,)}
-    batches, synced = [], set()
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """16 KiB a chunk: [3,4100] is three of [1,4100], [5000] two of [2500], [1025,7] two of [513,7], the last padded."""
+    monkeypatch.setattr(orbax_io, "_CHUNK_BYTES", 2**14 + 2**9)
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4100), "text/b": (5000,), "text/c": (1025, 7), "d": (5,), "e": ()}
+    return {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
 
-    def fill(number: float, value: np.ndarray) -> None:
-        value[...] = number
-        batches.append((value.__array_interface__["data"][0], value.nbytes))
 
+def lazy(value: np.ndarray, size: int = 999) -> orbax_io.Lazy:
+    """Pieces of `size` elements, all in the same memory."""
+
+    def pieces():
+        flat, buffer = value.reshape(-1), np.empty(size, value.dtype)
+        for start in range(0, flat.size, size):
+            piece = buffer[: flat.size - start]
+            piece[...] = flat[start : start + size]
+            yield piece
+
+    return orbax_io.Lazy(value.shape, value.dtype, pieces)
+
+
+def test_parameters_are_written_in_pieces_and_synced(tmp_path, monkeypatch, small_chunks):
+    synced = set()
     sync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda handle: (sync(handle), synced.add(os.readlink(f"/proc/self/fd/{handle}"))))
-    params = {
-        path: orbax_io.Lazy(shape, np.dtype(np.float32), functools.partial(fill, i))
-        for i, (path, shape) in enumerate(shapes.items())
-    }
-    orbax_io.save(tmp_path / "params", params)
+    monkeypatch.setattr(os, "fsync", lambda handle: (sync(handle), synced.add(os.fstat(handle).st_ino)))
+    monkeypatch.setattr(orbax_io, "_sync", lambda path: None)
+    orbax_io.save(tmp_path / "params", {path: lazy(value) for path, value in small_chunks.items()})
     stored = orbax_io.Stored(tmp_path / "params")
-    for i, (path, shape) in enumerate(shapes.items()):
-        np.testing.assert_array_equal(stored.read(path), np.full(shape, i, np.float32))
-    first = min(start for start, _ in batches)
-    assert max(start + size for start, size in batches) - first <= 48 * 2**20 + 64
-    assert all(start % 4 == 0 for start, _ in batches)
-    files = {file for file in (tmp_path / "params").rglob("*") if file.is_file()}
-    assert synced >= {str(file) for file in files}
-    assert sum(file.stat().st_size for file in files) > sum(4 * np.prod(shape) for shape in shapes.values())
+    for path, value in small_chunks.items():
+        np.testing.assert_array_equal(stored.read(path), value)
+    chunks = {file for file in (tmp_path / "params").rglob("*") if file.name[0].isdigit()}
+    assert sorted(str(file.relative_to(tmp_path / "params")) for file in chunks) == [
+        *("a/0.0", "a/1.0", "a/2.0", "d/0", "e/0"),
+        *("text.b/0", "text.b/1", "text.c/0.0", "text.c/1.0"),
+    ]
+    assert synced == {file.stat().st_ino for file in chunks}
+    assert (tmp_path / "params" / "text.c" / "1.0").stat().st_size == 4 * 513 * 7
+
+
+def test_all_other_files_are_synced_too(tmp_path, monkeypatch, small_chunks):
+    synced = set()
+    monkeypatch.setattr(orbax_io, "_sync", synced.add)
+    orbax_io.save(tmp_path / "params", {"d": lazy(small_chunks["d"]), "array": small_chunks["a"]})
+    assert synced == {tmp_path / "params", *(tmp_path / "params").rglob("*")}
+
+
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 1000), os.remove], ids=["truncated", "missing"])
+def test_a_damaged_chunk_is_not_read(tmp_path, small_chunks, damage):
+    orbax_io.save(tmp_path / "params", {"a": lazy(small_chunks["a"])})
+    damage(tmp_path / "params" / "a" / "1.0")
+    with pytest.raises(ValueError, match=r"[Cc]hunk|a/1\.0"):
+        orbax_io.Stored(tmp_path / "params").read("a")
+
+
+@pytest.mark.parametrize("change, why", [(-1, "they end before"), (1, "there are more")])
+def test_pieces_of_another_size(tmp_path, small_chunks, change, why):
+    value = small_chunks["text/b"]
+    wrong = orbax_io.Lazy((value.size - change,), value.dtype, lazy(value).pieces)
+    with pytest.raises(ValueError, match=f"text.b: expected pieces of {wrong.nbytes} bytes, {why}"):
+        orbax_io.save(tmp_path / "params", {"text/b": wrong})
+    assert not (tmp_path / "params").exists()
 
 
 def test_file_that_shrinks_while_it_is_read(stock_checkpoint, edited):

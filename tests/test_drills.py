@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,8 +17,15 @@ import training_runs
 
 from pvm_jax import cli, distributed
 from pvm_jax.training import checkpoints as checkpoints_module
-from pvm_jax.training.checkpoints import CheckpointLost, complete_steps, damage, set_aside_damaged
+from pvm_jax.training.checkpoints import (
+    CheckpointLost,
+    complete_steps,
+    damage,
+    set_aside_damaged,
+    write_files_list,
+)
 from pvm_jax.training.stage import TrainingError
+from pvm_jax.training.step import TrainState
 
 STEPS = 6
 
@@ -160,6 +168,45 @@ def test_every_kind_of_damage_is_seen(whole, tmp_path):
     for step in (4, 6):
         (tmp_path / "w" / "checkpoints" / str(step) / "files.json").write_text("[")
     assert len(set_aside_damaged(tmp_path / "w")) == 2 and complete_steps(tmp_path / "w" / "checkpoints") == []
+
+
+def test_damaged_checkpoints_are_set_aside_down_to_the_first_whole_one(tmp_path):
+    """Files of any content; the newest has no list, as if it had been written before there was one."""
+    directory = tmp_path / "checkpoints"
+    for step in (1, 2, 3, 4):
+        (directory / f"{step}").mkdir(parents=True)
+        (directory / f"{step}" / "_CHECKPOINT_METADATA").write_text("{}")
+        (directory / f"{step}" / "data").write_bytes(b"0123456789")
+        write_files_list(directory / f"{step}")
+        (directory / f"{step}" / "_CHECKPOINT_METADATA").write_text('{"time": 1}')
+    (directory / "4" / "files.json").unlink()
+    assert set_aside_damaged(tmp_path) == []
+
+    (directory / "1" / "data").write_bytes(b"9876543210")
+    (directory / "3" / "data").write_bytes(b"9876543210")
+    (directory / "4").rename(directory / "3.damaged")
+    assert set_aside_damaged(tmp_path) == [
+        f"{directory / '3' / 'data'} does not hold what was written: the checkpoint of step 3 is damaged, "
+        "now called 3.damaged1, and not used"
+    ]
+    assert complete_steps(directory) == [1, 2]
+    os.truncate(directory / "2" / "data", 9)
+    assert damage(directory / "2") == f"{directory / '2' / 'data'} has 9 bytes instead of 10"
+
+
+def test_a_save_waits_for_the_one_before_it(tmp_path, monkeypatch):
+    """Each checkpoint gets its own list of files, also when the disk is slower than the steps."""
+    write = checkpoints_module.write_files_list
+    monkeypatch.setattr(checkpoints_module, "write_files_list", lambda path: (time.sleep(0.3), write(path)))
+    state = TrainState(jax.numpy.zeros((), int), {"a": jax.numpy.ones(3)}, {"m": jax.numpy.ones(3)})
+    opened = checkpoints_module.Checkpoints(tmp_path)
+    for step in (1, 2):
+        opened.save(step, state, {})
+    opened.save(2, state, {"again": True})
+    opened.close()
+    for step in (1, 2):
+        directory = tmp_path / "checkpoints" / f"{step}"
+        assert (directory / "files.json").is_file() and damage(directory) is None
 
 
 def test_full_disk_during_a_save(run, whole, tmp_path, monkeypatch, capsys):

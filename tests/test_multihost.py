@@ -131,7 +131,7 @@ def test_barrier_names_the_processes_that_do_not_come(ended):
 
 
 def test_exchange_of_a_batch_nobody_needs_ends(ended):
-    cluster, asked = Cluster(0, 2), threading.Event()
+    cluster, asked = Cluster(0, 2, start_limit=5.0), threading.Event()
     threading.Timer(0.1, asked.set).start()
     with pytest.raises(Cancelled):
         cluster.exchange_of_step(3, "text", asked.is_set)
@@ -189,13 +189,15 @@ def test_guard_tells_before_anything_is_closed(ended):
 
 
 def test_process_0_ends_when_all_have_heard_why(ended, monkeypatch):
-    """What processes say to each other ends with process 0."""
-    clusters, heard = [Cluster(i, 3, silence_limit=5.0) for i in range(3)], []
+    """What processes say to each other ends with process 0, which waits for ten looks of the others."""
+    monkeypatch.setattr(distributed, "_POLL", 0.2)
+    clusters, heard, over = [Cluster(i, 3, silence_limit=9.0) for i in range(3)], [], threading.Event()
     end = distributed._exit
 
     def recorded(sentence: str) -> None:
         if threading.current_thread().name == "process 0":
             heard.extend(clusters[0]._read()["seen"])
+            over.set()
         end(sentence)
 
     monkeypatch.setattr(distributed, "_exit", recorded)
@@ -204,7 +206,7 @@ def test_process_0_ends_when_all_have_heard_why(ended, monkeypatch):
         with clusters[i]:
             if i == 0:
                 raise DistributedError("no")
-            time.sleep(0.3)
+            over.wait(timeout=20)
 
     together(3, work)
     assert sorted(heard) == [1, 2]
@@ -315,6 +317,23 @@ def test_sigterm_reaches_a_single_process():
         os.kill(os.getpid(), signal.SIGTERM)
         assert cluster.stop_after(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_a_process_that_only_joined(ended):
+    """Joining lets JAX catch the signal, for a run that then asks JAX; nobody here does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with Cluster(0, 2):
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_an_orderly_exit_is_no_failure(ended):
+    with pytest.raises(SystemExit), Cluster(0, 2) as cluster, cluster.guard():
+        raise SystemExit(2)
+    assert ended == [] and "pvm_jax/watch/error/0" not in distributed._store().values
 
 
 # ---- Joining -----------------------------------------------------------------------------------------------------
@@ -452,8 +471,8 @@ class Pair:
 
     def __init__(self, folder: Path, program: str, *flags: str):
         port = free_port()
-        # The programs that the first pair compiles are there for the next.
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        # All that the first pair compiles is there for the next, in the tests' own folder for later runs, too.
+        cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         env = os.environ | cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         self._logs = [folder / f"log-{port}-{i}" for i in range(2)]
         self.processes = []
@@ -515,7 +534,7 @@ def test_two_processes_train_and_evaluate_as_one_stop_lose_one_and_go_on_as_one(
     """Two processes of two devices each, parameters split over all four. SIGTERM to one of them saves and ends both;
     two new ones go on; process 1 is killed; one process with four devices goes on.
     """
-    workdir, silence = tmp_path / "w", 20
+    workdir, silence = tmp_path / "w", 10  # seconds that this test waits
     flags = (*setting.flags, f"--workdir={workdir}", f"--silence_limit={silence}")
     with Pair(tmp_path, "train.py", *flags) as pair:
         pair.until(lambda: complete_steps(workdir / "checkpoints") != [])

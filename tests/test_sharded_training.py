@@ -157,6 +157,23 @@ def test_all_that_does_not_divide_is_said_at_once(small_checkpoint):
 
 
 @pytest.mark.parametrize(
+    ("axes", "names", "sentence"),
+    [
+        (("embed", "vision_embed"), None, r"two of its axes \('embed', 'vision_embed'\) lie on mesh axis 'fsdp'"),
+        (("embed", "width"), None, r"expected axes that sharding.RULES knows, got 'width'"),
+        (("embed", "mlp"), ("data", "fsdp"), r"axis 'mlp' lies on 'tensor', the mesh has \('data', 'fsdp'\)"),
+    ],
+)
+def test_layouts_that_cannot_be(axes, names, sentence):
+    mesh = make_mesh(1, 4, 2)
+    if names:
+        mesh = jax.sharding.Mesh(mesh.devices[..., 0], names)
+    state = nnx.State({"block": {"kernel": nnx.Param(np.zeros((8, 8)), axes=axes)}})
+    with pytest.raises(ShardingError, match=rf"^block/kernel \(8, 8\): {sentence}$"):
+        param_shardings(state, mesh)
+
+
+@pytest.mark.parametrize(
     ("sizes", "sentence"),
     [
         ({"data": 3}, r"expected data x fsdp x tensor to use all 8 devices, got 3 x 1 x 1; set one of mesh.data"),

@@ -25,7 +25,6 @@ import math
 import jax
 import jax.numpy as jnp
 from absl import logging
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -196,6 +195,8 @@ def _dense(query_ids: Array, key_ids: Array, causal: bool, first: Array | int) -
 
 
 def _splash(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array, *, causal: bool, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # 0.4 s, which only a TPU needs to pay
+
     scale = 1 / math.sqrt(q.shape[-1])
     kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[2], causal, interpret)
     q = (q * scale).astype(q.dtype).swapaxes(1, 2)
@@ -204,6 +205,8 @@ def _splash(q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array, *, c
 
 
 def _splash_kernel(heads: int, length: int, keys: int, causal: bool, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     mask = splash.CausalMask((length, keys)) if causal else splash.FullMask((length, keys))
     rows, columns = (next(b for b in _SPLASH_BLOCKS if size % b == 0) for size in (length, keys))
     blocks = splash.BlockSizes(
