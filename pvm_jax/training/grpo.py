@@ -366,7 +366,11 @@ class GRPO:
 
         def run(graphdef: Any, params: Any, batch: PolicyBatch) -> jax.Array:
             model = nnx.merge(graphdef, params)
-            taken = jax.lax.map(lambda i: self._scores(model, micro_batch(batch, i, parts)).log_probs, jnp.arange(parts))
+
+            def score(part: jax.Array) -> jax.Array:
+                return self._scores(model, micro_batch(batch, part, parts)).log_probs
+
+            taken = jax.lax.map(score, jnp.arange(parts))
             # Row i of part j is row i * parts + j; the log-probability in column t is that of token t + 1.
             rows = taken.swapaxes(0, 1).reshape(-1, taken.shape[-1])
             return jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
