@@ -27,7 +27,7 @@ Size   PVM layers   PVM parameters   TPU slice: mesh, micro-batches     GPUs: mi
 32b    16, 32, 48   37,359,363       v5p:4x4x4: fsdp 64, 1              8 x H100: 8
 Layers of 4b and 8b are the paper's; those of 2b and 32b are ours (convert with these --pvm_layers).
 
-Planned memory  docs/plans.md: 64 rows of 4,096 tokens a step, 8b on v5e:2x4 6.56 of 15.75 GiB, on v5e:16x16
+Planned memory  docs/plans.md: 64 rows of 4,096 tokens a step, 8b on v5e:2x4 5.90 of 15.75 GiB, on v5e:16x16
                 with 16,384 tokens a row 4.76 of 15.75 GiB; other buckets by
                 `python -m pvm_jax.plan`
 Hardware        not measured (the paper: 8 GPUs)

@@ -258,6 +258,7 @@ HloModule jit_update
   %x = f32[8,128] get-tuple-element(%p), index=1
   %g = bf16[64,128]{1,0} all-gather(%x), dimensions={0}
   %f = f32[8,128] fusion(%g), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %u = f32[8,128] fusion(%x), kind=kCustom, calls=%fused, backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %t = (s32[], f32[8,128]) tuple(%i, %f)
 }
 

@@ -95,18 +95,19 @@ class Qwen3VL(nnx.Module):
     def logits_in_loop(self) -> Callable[[Float[Array, "B ... D"]], Float[Array, "B ... V"]]:
         """`logits`, for calls in a loop over columns.
 
-        On a mesh the matrix is gathered over `fsdp` here; left alone, the compiler gathers it in every call, or has
-        each device compute a part of all devices' rows.
+        Where the matrix is split over `fsdp` it is gathered here; left alone, the compiler gathers it in every call, or
+        has each device compute a part of all devices' rows. It is gathered as [D,V], where the parts lie one after the
+        other; as [V,D] they would have to be put in order, in a second whole matrix.
         """
         weight = self._unembedding.astype(self.dtype)
-        if self.mesh is None:
+        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
             return functools.partial(_unembed, weight)
         vocab = RULES["vocab"]
-        whole = self._put(weight, vocab)
+        whole = self._put(weight.T, None, vocab)
 
         def logits(hidden: Array) -> Array:
             columns = (None,) * (hidden.ndim - 2)
-            z = _unembed(self._put(whole, vocab), self._put(hidden, BATCH_AXES))
+            z = _unembed(self._put(whole, None, vocab).T, self._put(hidden, BATCH_AXES))
             return self._put(z, BATCH_AXES, *columns, vocab)
 
         return logits

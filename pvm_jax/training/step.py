@@ -129,8 +129,7 @@ def loss_and_gradients(
     else:
 
         def part(index: Any) -> Any:
-            # Without the barrier, XLA casts the patches of all parts before the loop and keeps the copy.
-            return one(jax.lax.optimization_barrier(micro_batch(batch, index, micro_batches)))
+            return one(micro_batch(batch, index, micro_batches))
 
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
         result = jax.lax.fori_loop(0, micro_batches, lambda i, sums: jax.tree.map(jnp.add, sums, part(i)), zeros)
