@@ -416,7 +416,7 @@ def test_a_failure_leaves_nothing(stock_checkpoint, tmp_path, monkeypatch, failu
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert.HFWeights, "fill", fail)
+        patch.setattr(convert.HFWeights, "pieces", fail)
         with pytest.raises(type(failure)):
             convert_from_hf(stock_checkpoint, tmp_path / "broken")
     with monkeypatch.context() as patch:
