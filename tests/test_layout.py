@@ -15,6 +15,7 @@ PROGRAMS = [ROOT / "train.py", ROOT / "eval.py"]
 # A module imports only from its own level and from those before. The longest matching prefix decides.
 LEVELS = (
     ("config", "cli", "distributed", "safetensors_io", "model_files", "pvm_init", "presets", "data.batch"),
+    ("answers", "grading", "grading_child"),
     ("sharding",),
     ("models", "data"),
     ("hf_names", "hf_weights", "orbax_io", "fingerprint", "sampling"),
@@ -135,6 +136,10 @@ def test_no_code_from_data(file):
                 assert keyword.arg != "allow_pickle" or constant is False, f"line {node.lineno}"
 
 
+# These call what others wrote: reward functions, and a grader on whatever a model wrote.
+GUESTS = {"rewards.py", "grading_child.py"}
+
+
 @pytest.mark.parametrize("file", PACKAGE + CONFIGS + PROGRAMS, ids=relative(PACKAGE + CONFIGS + PROGRAMS))
 def test_no_error_is_swallowed_whole(file):
     """`except Exception` (or a bare one) hides the errors nobody thought of."""
@@ -143,7 +148,7 @@ def test_no_error_is_swallowed_whole(file):
             assert node.type is not None, f"line {node.lineno}"
             names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
             raises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
-            assert raises or not names & {"Exception", "BaseException"}, f"line {node.lineno}"
+            assert raises or not names & {"Exception", "BaseException"} or file.name in GUESTS, f"line {node.lineno}"
 
 
 def test_the_rules_can_fail(tmp_path):
