@@ -30,12 +30,14 @@ from pvm_jax.safetensors_io import SafetensorsWriter
 
 NORMALS = 1 << 22
 
-# Runs a command line of `pvm_jax.convert`, or only imports it, and prints the most memory that it held at a time.
+# Runs a command line of `pvm_jax.convert`, or only imports it, and prints the most memory that it held at a time. Not
+# `ru_maxrss`: that begins with what this process held when it forked.
 MEASURED = """
-import resource, sys
+import sys
 from pvm_jax import convert
 status = convert.main(sys.argv[1:]) if sys.argv[1:] else 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+lines = open("/proc/self/status").read().splitlines()
+print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024)
 sys.exit(status)
 """
 
