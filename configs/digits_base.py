@@ -19,10 +19,10 @@ trained length is reading. Kinds of batches:
     ends     second run, steps 0-400: terse answers of at most 16 tokens without an image, which teach best where an
              answer ends
 The first run has an auxiliary loss on the visual tokens (pvm_jax/training/visual_labels.py), without which digits
-stay at chance. Embeddings begin with a standard deviation of 1 (`random_init`): with 0.02, as before, they stayed ten times
-smaller than what attention adds in the first layer, learning took more than twice as many steps, and PVM, whose query
-was then mostly context, read late tokens at 0.81 instead of 0.99 when the backbone was blind. The patch embedding's
-learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move together.
+stay at chance. Embeddings begin with a standard deviation of 1 (`random_init`): with 0.02, as before, they stayed ten
+times smaller than what attention adds in the first layer, learning took more than twice as many steps, and PVM, whose
+query was then mostly context, read late tokens at 0.81 instead of 0.99 when the backbone was blind. The patch
+embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move together.
 
 Wall time       10 and 12 minutes on two CPU cores, much other work beside them
 Result          exact match 0.96 in answers of 7-64 tokens, 0.34 in 141-253, 0 in 491-505 (held-out digits); reads 0.997
