@@ -234,6 +234,18 @@ def test_meter_divides_sums_once_and_goes_on_from_a_checkpoint():
 # ---- Mistakes ----------------------------------------------------------------------------------------------------
 
 
+def test_metric_beyond_its_bound_is_said(tmp_path, capfd):
+    """Two steps: 3 of 4 tokens' worth is within a bound of 1, 5 of 4 is not."""
+    reporter = Reporter(tmp_path, 0, 2, every=1)
+    for step, gap in ((1, 3.0), (2, 5.0)):
+        drawn = StageBatch(batch=None, ids=("a",), tokens=4, bounds={"gap": 1.0})
+        reporter.step(step, drawn, {"loss": (1.0, 1), "grad_norm": (1.0, 1), "finite": (True, 1), "gap": (gap, 4)})
+    reporter.flush()
+    reporter.close()
+    said = [line for line in capfd.readouterr().out.splitlines() if "warning" in line]
+    assert said == ["warning: step 2: gap is 1.25, expected at most 1"]
+
+
 def test_what_is_printed_tells_whether_data_is_the_bottleneck(tmp_path, capsys):
     """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere."""
     reporter = Reporter(tmp_path, 0, 4, every=2)
