@@ -7,6 +7,8 @@ Launch, from the repository's root (`make demo` first, or the commands of config
 Recipe: configs/grpo.py, with rewards of this task: half for the share of words in their place, half for an answer
 that is right word for word. Prompts are for answers of 16-128 tokens, with training digits.
 
+Measured        nothing yet: that it makes answers better has not been shown
+
 Arguments, separated by commas: `smoke`, the same configuration in a few steps.
 """
 

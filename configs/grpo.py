@@ -12,7 +12,7 @@ format, 0.9 for the right answer.
 Data in the paper: 3.6k prompts of MMK12, ThinkLite-VL-hard, ViRL39K and We-Math2.0-Pro; the mix is not published.
 Layouts: docs/data.md.
 
-Planned memory  docs/plans.md
+Planned memory  not planned: pvm_jax.plan knows SFT only
 Hardware        not measured
 Wall time       not measured
 Result          paper, mean of eight benchmarks: 8B 70.6 -> 71.5, 4B 67.2 -> 68.4; ours not measured

@@ -148,11 +148,11 @@ def test_completions_that_teach_nothing_take_no_room(small_checkpoint, prompts, 
     cut.next_batch(0, lambda: model)
     stopped = cut._now[0].completions.stopped
     assert 0 <= stopped.sum() < 12
-    assert len(cut._now[2].ids) == max(stopped.sum(), 1)
-    assert cut._now[1].counts.sum() == 12
+    assert len(cut._now[1].ids) == max(stopped.sum(), 1)
+    assert cut._now[1].batch.counts.sum() == 12
     other = make(small_checkpoint, prompts, mask_truncated=True)
     other.next_batch(0, lambda: model)
-    assert other._now[1].counts.sum() == (other._now[0].completions.lengths * stopped).sum()
+    assert other._now[1].batch.counts.sum() == (other._now[0].completions.lengths * stopped).sum()
 
 
 def parameters(directory: Path) -> dict[str, np.ndarray]:

@@ -153,9 +153,9 @@ class GRPO:
         self._banned = np.zeros(setup.model_config.text.vocab_size, bool)
         self._banned[np.asarray(setup.processor.banned_token_ids, np.int64)] = True
         self._permutation = functools.lru_cache(2)(permutation)
-        self._pool = ThreadPoolExecutor(4, "encode")
+        self._pool = ThreadPoolExecutor(setup.data.get("threads") or 4, "encode")
         self._reference: nnx.Module | None = None
-        self._now: tuple[Rollout, PolicyBatch, StageBatch] | None = None
+        self._now: tuple[Rollout, StageBatch] | None = None
         self.steps_per_epoch = max(len(prompts) // settings.prompts, 1) * settings.iterations
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
@@ -166,7 +166,7 @@ class GRPO:
         number, iteration = divmod(step, self._settings.iterations)
         if self._now is None or self._now[0].number != number:
             self._now = self._begin(number, policy, resumed=iteration > 0)
-        drawn = self._now[2]
+        drawn = self._now[1]
         # What the host knows of a rollout is logged once.
         return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={})
 
@@ -190,7 +190,7 @@ class GRPO:
 
     # ---- A rollout -----------------------------------------------------------------------------------------------
 
-    def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple:
+    def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
         drawn, prompts = self._draw(number)
         kept = self._file(number)
@@ -222,7 +222,7 @@ class GRPO:
             metrics=metrics,
             bounds={"sampler_gap": settings.sampler_gap},
         )
-        return rollout, batch, info
+        return rollout, info
 
     def _draw(self, number: int) -> tuple[list[Prompt], list[Encoded]]:
         """The prompts of a rollout; one that cannot be used is replaced by another that (seed, rollout) determine."""
@@ -247,7 +247,7 @@ class GRPO:
                 problem = reason = str(error)
             if problem is None:
                 return prompt, encoded
-            if self._setup.data.get("bad_rows", "error") == "error":
+            if self._setup.data.get("bad_rows") == "error":
                 break
             logging.warning("left out: %s", reason)
         raise TrainingError(f"{reason}; mend the row, raise the limit, or set config.data.bad_rows='skip'")
@@ -279,7 +279,6 @@ class GRPO:
             masked=masked,
             weights=weights,
             counts=counts,
-            reward=rewards,
         )
         total = len(rewards)
         return rollout, metrics | {

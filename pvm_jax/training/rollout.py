@@ -64,12 +64,11 @@ class Rollout:
     masked: np.ndarray  # bool [completions]: they teach nothing
     weights: np.ndarray  # f32 [completions]: of each of its tokens in the loss
     counts: np.ndarray  # f32 [completions]: its share of what the loss is divided by
-    reward: np.ndarray  # f32 [completions]
     old: np.ndarray | None = None  # f32 [B,T]: `PolicyBatch.old` of all rows, where several steps learn from this
 
     @property
     def group(self) -> int:
-        return len(self.reward) // len(self.prompts)
+        return len(self.advantages) // len(self.prompts)
 
     def save(self, path: Path) -> None:
         """Writes all but the prompts, `old` included; another file of that name is replaced in one go."""
@@ -87,7 +86,7 @@ class Rollout:
             return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})
 
 
-_ARRAYS = ("advantages", "masked", "weights", "counts", "reward", "old")
+_ARRAYS = ("advantages", "masked", "weights", "counts", "old")
 
 
 def draw(
