@@ -214,6 +214,27 @@ def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, mo
         stage.next_batch(3, lambda: model)
 
 
+def test_rollouts_that_checkpoints_lie_within_are_kept(small_checkpoint, prompts, tmp_path):
+    """Two steps a rollout: step 3 lies within rollout 1, step 4 between 1 and 2."""
+    stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
+    for folder in ("checkpoints/3", "checkpoints/4", "rollouts"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number in range(4):
+        stage._file(number).touch()
+    stage._forget(3)
+    assert sorted(int(path.stem) for path in (tmp_path / "rollouts").iterdir()) == [1, 3]
+
+
+def test_random_key_of_a_rollout_has_its_number(small_checkpoint, prompts, model, monkeypatch):
+    keys, draw = [], grpo.rollouts.draw
+    monkeypatch.setattr(
+        grpo.rollouts, "draw", lambda *args, key, **more: keys.append(key) or draw(*args, key=key, **more)
+    )
+    stage = make(small_checkpoint, prompts)
+    stage.next_batch(0, lambda: model), stage.next_batch(1, lambda: model)
+    assert keys == [(3, 0), (3, 1)]
+
+
 def test_groups_without_variance_change_nothing(setting, small_checkpoint, tmp_path, monkeypatch):
     """All rewards alike: AdamW's momentum must not move the parameters either."""
     flags = tuple(REWARDS.replace("even", "same") if flag == REWARDS else flag for flag in setting.flags)
