@@ -1,7 +1,9 @@
 """Result files: `NAME.json` with the summary and what it was measured on, `NAME.jsonl` with one record per sample."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,27 @@ def write_results(
     """Writes both files and returns the path of the summary, which is written last and replaced in one go."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / f"{name}.jsonl", "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")
+    write_whole(workdir / f"{name}.jsonl", (json.dumps(record) + "\n" for record in records))
     target = workdir / f"{name}.json"
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps({**about, "summary": summary}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_whole(target, [json.dumps({**about, "summary": summary}, indent=1) + "\n"])
     return target
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a checkpoint answers."""
+    names = ("pvm-jax", "jax", "jaxlib", "flax", "numpy", "pillow", "transformers", "tokenizers")
+    installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
+    return {name: installed.get(name, "not installed") for name in names}
+
+
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """Writes a file that is either the old one or all of the new one, whatever happens meanwhile."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def read_summary(path: str | Path) -> dict[str, Any]:
