@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ _POINTER = b"version https://git-lfs"
 _CACHE = 2**29  # bytes of parquet row groups
 
 
+@runtime_checkable
 class Table(Protocol):
     """One file; rows count from 0.
 

@@ -86,6 +86,12 @@ def strict(question: Question, text: str, grade: Grade | None = None) -> Verdict
     return Verdict(letter, letter is not None and letter == question.answer.strip().upper())
 
 
+def exact(question: Question, text: str, grade: Grade | None = None) -> Verdict:
+    """The whole text, but for empty space: where the answer is a text of its own, every word of which counts."""
+    answer = " ".join(text.split())
+    return Verdict(answer or None, bool(answer) and answer == " ".join(question.answer.split()))
+
+
 def _without_thinking(text: str) -> str:
     """What is outside of `<think>...</think>`; before a lone `</think>` and after a lone `<think>` is thinking, too."""
     kept: list[str] = []
@@ -110,5 +116,5 @@ def _ends_with_answer(text: str) -> bool:
     return opening + 1 < len(tags) and not _ANSWER.sub("", text[tags[opening + 1].end() :]).strip()
 
 
-RULES: Mapping[str, Rule] = {"strict": strict, **toolkits.RULES}
-"""By name; `strict` is this project's, the others are those of a benchmark's task in lmms-eval (`toolkits.py`)."""
+RULES: Mapping[str, Rule] = {"strict": strict, "exact": exact, **toolkits.RULES}
+"""By name; `strict` and `exact` are this project's, the others what lmms-eval does for a benchmark (`toolkits.py`)."""

@@ -21,8 +21,9 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.evals import aggregate, protocols
 from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
 from pvm_jax.evals.benchmarks import Benchmark, open_benchmark
+from pvm_jax.evals.extract import RULES
 from pvm_jax.evals.judge import Judge
-from pvm_jax.evals.ledger import Key, Ledger, in_order
+from pvm_jax.evals.ledger import Ledger
 from pvm_jax.evals.plugins import Evaluation
 from pvm_jax.evals.protocols import Task
 from pvm_jax.evals.questions import Question, Record
@@ -78,6 +79,8 @@ class Options:
         for key in ("seeds", "limit", "max_new_tokens", "rows", "threads"):
             if given.get(key) is not None and given[key] < 1:
                 raise ResultError(f"config.evals.{name}.{key}: expected at least 1, got {given[key]}")
+        if given.get("rule") and given["rule"] not in RULES:
+            raise ResultError(f"config.evals.{name}.rule: expected one of {sorted(RULES)}, got {given['rule']!r}")
         return cls(**{key: value for key, value in given.items() if value is not None})
 
     @property
@@ -119,10 +122,6 @@ class Prepared:
     def questions(self) -> Sequence[Question]:
         return self.benchmark[: self.options.limit]
 
-    @property
-    def order(self) -> list[Key]:
-        return [(question.index, seed) for question in self.questions for seed in self.task.seeds]
-
     def answers(self, model: Qwen3VL, mesh: Mesh | None = None, known: Container[str] = ()) -> Iterator[list[Record]]:
         """Records of the questions whose index is not `known`, judged, batch by batch."""
         name, broken = self.benchmark.name, self.benchmark.broken
@@ -140,9 +139,9 @@ class Prepared:
 
     def about(self) -> dict[str, Any]:
         """All that decides the records but the checkpoint, as plain values."""
-        benchmark = self.benchmark
+        benchmark, images = self.benchmark, self.processor.images
         return {
-            "benchmark": {
+            "data": {
                 "name": benchmark.name,
                 "layout": benchmark.layout,
                 "split": benchmark.split,
@@ -150,13 +149,23 @@ class Prepared:
                 "questions": len(self.questions),
                 "checksum": benchmark.checksum,
             },
-            "protocol": self.task.about()
-            | {"pixels": [self.processor.images.min_pixels, self.processor.images.max_pixels]},
+            "task": self.task.about() | {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels},
             "judge": self.judge and self.judge.model,
         }
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
-        return aggregate.aggregate(self.task, self.order, records)
+        """The scores, and what they are scores of.
+
+        Raises:
+          ResultError: a question has no record, or two.
+        """
+        expected = aggregate.expected_keys(self.benchmark.name, self.questions, self.task.seeds)
+        return aggregate.aggregate(self.task, expected, records) | self.about()
+
+    def in_order(self, records: Sequence[Record]) -> list[Record]:
+        """As the questions stand in their file."""
+        places = {question.index: place for place, question in enumerate(self.questions)}
+        return sorted(records, key=lambda record: (places[record.index], record.seed))
 
 
 def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
@@ -176,25 +185,23 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
         ledger.add(records)
         if evaluation.writes:
             progress.add(records)
-    records = ledger.finish(prepared.order)
-    summary = prepared.summary(records) | {"about": prepared.about()}
-    return summary, [dataclasses.asdict(record) for record in records], aggregate.table(summary)
+    summary = prepared.summary(ledger.records)
+    records = [dataclasses.asdict(record) for record in prepared.in_order(ledger.records)]
+    return summary, records, aggregate.table(summary)
 
 
 def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
-    """An evaluator for the training loop: shares as (sum, count)."""
+    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count)."""
     prepared = Prepared.of("NAME", processor, options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
         records = [record for batch in prepared.answers(model) for record in batch]
-        records = in_order(records, prepared.order)
-        count = len(records)
-        return {
-            "accuracy": (sum(record.right for record in records), count),
-            "truncated": (sum(record.finish_reason == "length" for record in records), count),
-            "unparsed": (sum(record.answer is None for record in records), count),
-            "tokens": (sum(record.tokens for record in records), count),
+        summary = prepared.summary(records)
+        found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
+        found |= {
+            name: (summary[name]["right"], summary[name]["count"]) for name in ("truncated", "unparsed", "broken")
         }
+        return found | {"tokens": (sum(record.tokens for record in records), len(records))}
 
     return evaluator
 

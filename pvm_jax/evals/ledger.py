@@ -2,8 +2,8 @@
 
 `NAME.run.json` says what is being measured; `NAME.jsonl` has one record a line, in the order in which they came, each
 batch of them on disk before the next begins. Started again, an evaluation goes on behind the last whole question, if it
-is the same one. At its end the lines are put in the order of the benchmark, so that the file is the same however often
-it was interrupted.
+is the same one. At the end the file is written again in the order of the benchmark, so that it is the same however
+often the evaluation was interrupted.
 """
 
 import dataclasses
@@ -16,11 +16,9 @@ from typing import Any
 from pvm_jax.evals.questions import Record
 from pvm_jax.evals.results import ResultError, write_whole
 
-Key = tuple[str, int]
-
 
 class Ledger:
-    """Records on disk, by (index, seed). Of several processes that share the workdir one writes.
+    """Records on disk. Of several processes that share the workdir one writes.
 
     Attributes:
       records: all that are known, in the order in which they came.
@@ -60,14 +58,6 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def finish(self, order: Sequence[Key]) -> list[Record]:
-        """The records in this order, in which `results.write_results` then writes them.
-
-        Raises:
-          ResultError: a record is missing, or there twice.
-        """
-        return in_order(self.records, order)
-
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
             before = json.loads(self._run.read_text(encoding="utf-8"))
@@ -77,26 +67,6 @@ class Ledger:
         if differing:
             shown = "; ".join(f"{k} was {_short(before.get(k))} and is {_short(identity.get(k))}" for k in differing)
             raise ResultError(f"{self._run}: the records there are of another evaluation ({shown}); use a new workdir")
-
-
-def in_order(records: Iterable[Record], order: Sequence[Key]) -> list[Record]:
-    """Each key's record, exactly one.
-
-    Raises:
-      ResultError: a key without record or with two, or a record that no key asks for.
-    """
-    by_key: dict[Key, Record] = {}
-    for record in records:
-        key = record.index, record.seed
-        if key in by_key:
-            raise ResultError(f"{record.benchmark}: two records of question {key[0]!r}, seed {key[1]}; expected one")
-        by_key[key] = record
-    wanted = set(order)
-    for key in (*order, *by_key):
-        if key not in by_key or key not in wanted:
-            what = "no record" if key in wanted else "a record that nothing asked for"
-            raise ResultError(f"{what} of question {key[0]!r}, seed {key[1]}; expected exactly one of each")
-    return [by_key[key] for key in order]
 
 
 def read_records(path: str | Path, *, mend: bool = False) -> list[Record]:
