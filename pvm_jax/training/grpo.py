@@ -49,10 +49,7 @@ SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
 
 def make_stage(setup: Setup, **options: Any) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.grpo"`."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    if unknown := sorted(set(options) - known):
-        raise TrainingError(f"config.stage: unknown keys {unknown}; expected some of {sorted(known)}")
-    settings = Settings(**options)
+    settings = Settings.make(options)
     data = {key: value for key, value in setup.data.items() if value is not None}
     if unknown := sorted(set(data) - {"path", *DATA_KEYS, *SHAPE_KEYS}):
         raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
@@ -63,13 +60,7 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
     prompts = open_prompts(data["path"], **{key: data[key] for key in DATA_KEYS if key in data})
     for reason, count in prompts.skipped.items():
         logging.warning("left out %d rows: %s, e.g. %s", count, reason, prompts.examples[reason])
-    shapes = Shapes(
-        prompt_lengths=tuple(sorted(data["prompt_length"])),
-        lengths=tuple(sorted(data["length"])),
-        patches=tuple(sorted(data["patches"])),
-        multiple=setup.row_multiple,
-        pack=data["pack"],
-    )
+    shapes = Shapes.make(data, setup.row_multiple)
     rewards = Rewards(settings.rewards, settings.reward_errors)
     return GRPO(setup, settings, shapes, prompts, rewards)
 

@@ -4,7 +4,7 @@ Settings and shapes decide it alone, so that a plan can be made of it without pr
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,6 +56,18 @@ class Settings:
     chunk: int = 128
     sampler_gap: float = 0.1
     samples: int = 8
+
+    @classmethod
+    def make(cls, options: Mapping[str, Any]) -> "Settings":
+        """From the options of a configuration.
+
+        Raises:
+          TrainingError: there are others, or a value is out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(options) - known):
+            raise TrainingError(f"config.stage: unknown keys {unknown}; expected some of {sorted(known)}")
+        return cls(**options)
 
     def __post_init__(self):
         least = {"prompts": 1, "completions": 2, "max_new_tokens": 1, "iterations": 1, "chunk": 1, "samples": 0}

@@ -5,7 +5,7 @@ All functions here give every process the same result; of a batch to learn from 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class Shapes:
     patches: Sequence[int]
     multiple: int = 1
     pack: bool = True
+
+    @classmethod
+    def make(cls, data: Mapping[str, Any], multiple: int) -> "Shapes":
+        """From `config.data`."""
+        buckets = (tuple(sorted(data[key])) for key in ("prompt_length", "length", "patches"))
+        return cls(*buckets, multiple=multiple, pack=data["pack"])
 
     def rows(self, filled: int) -> int:
         """B of a batch to learn from of which so many rows are filled."""
