@@ -106,7 +106,7 @@ def test_trainer_scores_what_the_sampler_drew(small_checkpoint, prompts, model):
     np.testing.assert_allclose(scored[learned], batch.sampled[learned], atol=1e-4)
     assert not batch.sampled[~learned].any() and (batch.sampled[learned] < 0).all()
     other = make(small_checkpoint, prompts, temperature=0.7)
-    other._banned[:] = False
+    other._objective.banned[:] = False
     assert np.abs(other._score(model, batch)[learned] - batch.sampled[learned]).max() > 1e-3
 
 

@@ -78,11 +78,8 @@ class Loss(NamedTuple):
 
 
 @runtime_checkable
-class Stage(Protocol):
-    """One kind of training."""
-
-    steps_per_epoch: int | None
-    """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
+class Objective(Protocol):
+    """What of a stage the devices compute. It needs neither data nor weights: plans are made of it."""
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         """Trainable parameters of the stage's own, e.g. heads that are dropped after training; usually None.
@@ -92,15 +89,23 @@ class Stage(Protocol):
         """
         ...
 
+    def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
+        """The loss of one micro-batch; pure, traced under `jax.jit` and `jax.grad`."""
+        ...
+
+
+@runtime_checkable
+class Stage(Objective, Protocol):
+    """One kind of training."""
+
+    steps_per_epoch: int | None
+    """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
+
     def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
         """The batch of `step`, a pure function of (seed, step) and, for stages that sample, of the policy.
 
         `policy()` is the model with its current weights. Resuming at step k calls `next_batch(k)` first.
         """
-        ...
-
-    def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
-        """The loss of one micro-batch; pure, traced under `jax.jit` and `jax.grad`."""
         ...
 
     def close(self) -> None:
