@@ -22,7 +22,6 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
 from pvm_jax.training.policy_objective import PolicyObjective, Settings
 from pvm_jax.training.rewards import Rewards, Scores
 from pvm_jax.training.rollout import Rollout, Shapes
-from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, TrainingError
+from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, Stopwatch, TrainingError
 from pvm_jax.training.step import put_batch
 
 DATA_KEYS = ("layout", "instruction", "system", "split", "image_folder", "rename", "bad_rows", "threads")
@@ -99,7 +98,7 @@ class GRPO:
             self._now = self._begin(number, policy, resumed=iteration > 0)
         drawn = self._now[1]
         # What the host knows of a rollout is logged once.
-        return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={})
+        return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={}, seconds={})
 
     def loss_fn(self, model: nnx.Module, batch: PolicyBatch) -> Loss:
         return self._objective.loss_fn(model, batch)
@@ -112,8 +111,9 @@ class GRPO:
     def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
         drawn, prompts = self._draw(number)
-        kept = self._file(number)
+        kept = rollouts.file(self._setup.workdir, number)
         metrics: dict[str, Fraction] = {}
+        watch = Stopwatch()
         if resumed:
             if not kept.is_file():
                 raise TrainingError(
@@ -122,17 +122,22 @@ class GRPO:
                 )
             rollout = Rollout.load(kept, number, prompts)
         else:
-            rollout, metrics = self._draw_and_reward(number, drawn, prompts, policy())
+            model = policy()
+            with watch("update"):  # of the step before, which is still running
+                jax.block_until_ready(nnx.state(model))
+            rollout, metrics = self._draw_and_reward(number, drawn, prompts, model, watch)
         batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows)
         if settings.beta > 0:
             self._reference = self._reference or self._setup.reference()
-            batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
+            with watch("scoring"):
+                batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
         if settings.iterations > 1:
             if not resumed:
-                rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
+                with watch("scoring"):
+                    rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
                 if share.index == 0:
                     rollout.save(kept)
-                    self._forget(number)
+                    rollouts.forget(self._setup.workdir, settings.iterations, number)
             batch = dataclasses.replace(batch, old=self._mine(rollout.old))
         info = StageBatch(
             batch=batch,
@@ -140,6 +145,7 @@ class GRPO:
             tokens=tokens,
             metrics=metrics,
             bounds={"sampler_gap": settings.sampler_gap},
+            seconds=watch.seconds,
         )
         return rollout, info
 
@@ -172,21 +178,23 @@ class GRPO:
         raise TrainingError(f"{reason}; mend the row, raise the limit, or set config.data.bad_rows='skip'")
 
     def _draw_and_reward(
-        self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module
+        self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module, watch: Stopwatch
     ) -> tuple[Rollout, dict[str, Fraction]]:
         settings, setup = self._settings, self._setup
         group = settings.completions
-        made = rollouts.draw(
-            model,
-            setup.processor,
-            prompts,
-            group,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            shapes=self._shapes,
-            key=(setup.seed, number),
-        )
-        rewards, metrics = self._reward(number, drawn, made)
+        with watch("rollout"):
+            made = rollouts.draw(
+                model,
+                setup.processor,
+                prompts,
+                group,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                shapes=self._shapes,
+                key=(setup.seed, number),
+            )
+        with watch("rewards"):
+            rewards, metrics = self._reward(number, drawn, made)
         masked = ~made.stopped & settings.mask_truncated
         weights, counts = token_weights(made.lengths, masked, settings.loss_type, settings.max_new_tokens)
         by_prompt = rewards.reshape(-1, group)
@@ -270,20 +278,3 @@ class GRPO:
 
     def _mine(self, values: np.ndarray) -> np.ndarray:
         return values[np.asarray(self._setup.share.rows(len(values)))]
-
-    # ---- What a resumed run needs ---------------------------------------------------------------------------------
-
-    def _file(self, number: int) -> Path:
-        return (self._setup.workdir or Path()) / "rollouts" / f"{number:08d}.npz"
-
-    def _forget(self, number: int) -> None:
-        """Removes the rollouts that no checkpoint lies within."""
-        steps = self._settings.iterations
-        checkpoints = (self._setup.workdir or Path()) / "checkpoints"
-        saved = (
-            [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-        )
-        needed = {number} | {step // steps for step in saved if step % steps}
-        for path in self._file(number).parent.glob("*.npz"):
-            if int(path.stem) not in needed:
-                path.unlink()

@@ -99,6 +99,21 @@ class Rollout:
             return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})
 
 
+def file(workdir: Path | None, number: int) -> Path:
+    """Where a rollout is kept for a resumed run; without a workdir, under the current one."""
+    return (workdir or Path()) / "rollouts" / f"{number:08d}.npz"
+
+
+def forget(workdir: Path | None, iterations: int, number: int) -> None:
+    """Removes the rollouts, of `iterations` steps each, that no checkpoint lies within; `number` stays."""
+    checkpoints = (workdir or Path()) / "checkpoints"
+    saved = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    needed = {number} | {step // iterations for step in saved if step % iterations}
+    for path in file(workdir, number).parent.glob("*.npz"):
+        if int(path.stem) not in needed:
+            path.unlink()
+
+
 _ARRAYS = ("advantages", "masked", "weights", "counts", "old")
 
 

@@ -12,8 +12,10 @@ A stage lives in a module of its own that has
 stage needs no change to `train.py`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -58,7 +60,8 @@ class StageBatch:
     gives the rows that are its own (`Setup.share.rows`); all the other fields are about the whole batch.
     `ids` name the samples in the message of a non-finite loss. `tokens` counts those that are not padding.
     With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own. A metric of
-    the step that exceeds its entry of `bounds` is reported.
+    the step that exceeds its entry of `bounds` is reported. `seconds` are those that `next_batch` spent on something
+    else than data, by name.
     """
 
     batch: Any
@@ -67,6 +70,20 @@ class StageBatch:
     label: str = ""
     metrics: dict[str, Fraction] = dataclasses.field(default_factory=dict)
     bounds: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Stopwatch:
+    """`with watch("rollout"): ...` adds to `watch.seconds["rollout"]`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 class Loss(NamedTuple):
