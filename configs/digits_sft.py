@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if unknown := [word for word in words if word not in ARGUMENTS]:
         raise ValueError(f"configs/digits_sft.py: expected some of {', '.join(ARGUMENTS)}, got {unknown}")
     config = common.get_config()
-    config.steps = 400
+    config.steps = 550
     config.model.path = "runs/digits-slots" if "slots" in words else "runs/digits-pvm"
 
     data = config.data

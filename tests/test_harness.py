@@ -22,7 +22,7 @@ QUESTIONS = 11
 BROKEN, LONG = 4, 7
 RIGHT = (0, 3, 6)
 OPTIONS = {"benchmark": "file:own", "protocol": "plain", "rule": "exact", "max_new_tokens": 6, "rows": 4, "threads": 2,
-           "prompt_length": [32, 64], "patches": [16, 32]}  # fmt: skip
+           "prompt_length": [64], "patches": [32]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,12 @@ def test_every_question_has_its_record(known, folder):
             continue
         assert record.tokens == 6 and record.finish_reason == "length" and record.error is None
         assert record.prompt.count("<image>") == i % 3 and record.question["labels"] == {"category": "ab"[i % 2]}
-        assert record.prompt_tokens > record.tokens and record.answer == " ".join(record.completion.split())
+        assert record.prompt_tokens > record.tokens and record.answer == (" ".join(record.completion.split()) or None)
     assert "4-0.png" in known[BROKEN].error or "q4" in known[BROKEN].error
     assert "the prompt needs prompt_length of" in known[LONG].error and "the largest is 64" in known[LONG].error
 
 
-@pytest.mark.parametrize("rows, prompt_length", [(1, [64]), (3, [64]), (16, [32, 64])])
+@pytest.mark.parametrize("rows, prompt_length", [(3, [64]), (8, [32, 64])])
 def test_a_question_is_answered_the_same_in_any_batch(known, model, processor, folder, rows, prompt_length):
     assert ask(model, processor, folder, rows=rows, prompt_length=prompt_length) == known
 
@@ -112,7 +112,7 @@ def test_seeds_draw_different_answers_that_batches_do_not_change(model, processo
     assert [(r.index, r.seed) for r in drawn] == [(f"q{i}", seed) for i in range(QUESTIONS) for seed in range(3)]
     whole = [record for record in drawn if record.completion is not None]
     assert len({record.completion for record in whole}) > len(whole) / 2
-    assert ask(model, processor, folder, rows=12, **settings) == drawn
+    assert ask(model, processor, folder, rows=24, **settings) == drawn
     one = ask(model, processor, folder, rows=4, temperature=1.0, seeds=1)
     assert one == [record for record in drawn if record.seed == 0]
 
