@@ -263,6 +263,30 @@ def test_records_survive_odd_line_ends(files):
     assert [r["index"] for r in read_records(files[0].with_suffix(".jsonl"))] == [str(i) for i in range(COUNT)]
 
 
+def test_images_come_from_the_file_that_was_evaluated(tmp_path):
+    pytest.importorskip("pvm_jax.evals.benchmarks")
+    records = [record("pvm", i) for i in range(3)]
+    result = write(tmp_path / "pvm", records, "charts")
+    rows = [{k: r["question"][k] for k in ("index", "answer")} | {"question": r["question"]["text"]} for r in records]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(str(i)) if i < 2 else b"no image")
+        rows[i]["image"] = f"{i}.png"
+    data, page = tmp_path / "charts.jsonl", tmp_path / "report.html"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main([str(result), f"--data={data}", f"--out={page}"])
+    questions = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])[0]["samples"]["questions"]
+    assert [set(q["images"][0]) for q in questions] == [{"url", "width", "height"}] * 2 + [{"error"}]
+
+    rows[1]["question"] = "Another one?"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(SystemExit, match=r"expected the questions of .*charts\.json, but '1' is another one; pass the"):
+        report.main([str(result), f"--data=charts={data}", f"--out={page}"])
+    rows[1]["question"] = records[1]["question"]["text"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(SystemExit, match="but '2' is not there"):
+        report.main([str(result), f"--data=charts={data}", f"--out={page}"])
+
+
 # ---- The page in a browser --------------------------------------------------------------------------------------
 
 
