@@ -13,9 +13,8 @@ import tiny
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals import asking, harness
-from pvm_jax.evals.ledger import read_records
 from pvm_jax.evals.plugins import Evaluation
-from pvm_jax.evals.results import ResultError
+from pvm_jax.evals.results import ResultError, read_records
 from pvm_jax.sharding import make_mesh
 
 QUESTIONS = 11

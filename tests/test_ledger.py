@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from pvm_jax.evals.ledger import Ledger, read_records, write_records
+from pvm_jax.evals.ledger import Ledger, write_records
 from pvm_jax.evals.questions import Record
-from pvm_jax.evals.results import ResultError
+from pvm_jax.evals.results import ResultError, read_records
 
 WHAT = {"benchmark": "mmstar", "checksum": "abc", "seeds": (0, 1)}
 

@@ -71,7 +71,7 @@ def summarise(records: list[dict], benchmark: str = "mmstar") -> dict:
 
     seeds = sorted({r["seed"] for r in records})
     score = of(records)
-    score |= {"seeds": {str(s): of(r for r in records if r["seed"] == s)["value"] for s in seeds}, "spread": 0.0125}
+    score |= {"seeds": {str(s): of(r for r in records if r["seed"] == s)["value"] for s in seeds}, "spread": 0.0126}
     labels = {
         label: {
             value: of(r for r in records if r["question"]["labels"][label] == value)
@@ -129,13 +129,24 @@ def images(benchmark: str, index: str) -> list[bytes]:
 # ---- Tables -----------------------------------------------------------------------------------------------------
 
 
-def test_all_outputs_say_the_same(files, tmp_path):
+def test_all_outputs_say_the_same(files, tmp_path, capsys):
     markdown, out = tmp_path / "report.md", tmp_path / "report.json"
-    text = report.report(files, ["base", "base | PVM"], markdown=markdown, json_out=out)
+    names = "--names=base,base | PVM"
+    report.main([*map(str, files), names, f"--markdown={markdown}", f"--json={out}"])
+    text = capsys.readouterr().out
     (part,) = json.loads(out.read_text())
-    assert part["header"] == ["run", "micro (95 %)", "macro", "truncated", "unparsed", "broken", "seeds", "samples"]
+    assert part["header"] == [
+        "run",
+        "micro (95 % interval)",
+        "macro",
+        "truncated",
+        "unparsed",
+        "broken",
+        "seeds",
+        "samples",
+    ]
     # 24 questions; wrong 0, 5, 10, 15, 20 and, for base, 3, 6, 9, 12, 18, 21 too. 1 and 2 unparsed, 1 truncated.
-    assert part["rows"][0][1].startswith("0.542 (") and part["rows"][1][1].startswith("0.792 (")
+    assert part["rows"][0][1].startswith("54.2 % (") and part["rows"][1][1].startswith("79.2 % (")
     assert part["rows"][0][3:] == ["4.2 % (1)", "8.3 % (2)", "4.2 % (1)", "1", "24"]
     assert part["rows"][1][3:] == ["4.2 % (1)", "4.2 % (1)", "4.2 % (1)", "1", "24"]
     assert part["pairs"] == [
@@ -145,7 +156,7 @@ def test_all_outputs_say_the_same(files, tmp_path):
     for row in part["rows"]:
         assert any(all(cell in line for cell in row) for line in text.splitlines())
         assert "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" in written
-    assert "| 64-127 | 0.500 (0.188-0.812), n = 6 | 0.833 (0.436-0.970), n = 6 |" in written
+    assert "| 64-127 | 50.0 % (18.8-81.2), n = 6 | 83.3 % (43.6-97.0), n = 6 |" in written
     assert "| counting |" in written and "| geometry |" in written
 
 
@@ -153,17 +164,17 @@ def test_a_section_for_each_benchmark_and_names_by_folder(files, tmp_path):
     other = write(
         tmp_path / "pvm", [record("pvm", i, s) for i in range(4) for s in (0, 1, 2)], "ai2d", protocol="other"
     )
-    text = report.report([*files, other], ["first", "second"])
+    text = report.as_text(report.read_sections([*files, other], ["first", "second"]))
     assert text.count("second") == 4 and "ai2d (other, version 1)" in text  # two rows, two names in the pair's line
-    assert "3, spread 0.013" in text or "3, spread 0.012" in text
-    assert "base" in report.report([*files, other])
+    assert "3, spread 1.3 %" in text
+    assert [run.name for run in report.read_sections(files)[0].runs] == ["base", "pvm"]
 
 
 def test_terminals_and_markdown_get_no_control_characters(tmp_path):
     file = write(tmp_path / "x", [record("pvm", 1)], "a\x1b[2J\n|<b>*")
-    text = report.report([file], ["n\x1bame"], markdown=tmp_path / "report.md")
+    parts = report.read_sections([file], ["n\x1bame"])
+    text, written = report.as_text(parts), report.as_markdown(parts)
     assert "\x1b" not in text and "a\N{REPLACEMENT CHARACTER}[2J" in text
-    written = (tmp_path / "report.md").read_text()
     assert "\x1b" not in written and "\\|&lt;b>\\*" in written
 
 
@@ -174,24 +185,24 @@ def test_results_that_do_not_compare(files, tmp_path):
     records = [record("pvm", i) for i in range(COUNT)]
     newer = write(tmp_path / "newer", records, version=2)
     with pytest.raises(ResultError, match=r"found pvm_reasoning, version 1 in .* and pvm_reasoning, version 2 in"):
-        report.report([files[0], newer])
+        report.read_sections([files[0], newer])
     other = write(tmp_path / "other", records, protocol="lmms_default")
     with pytest.raises(ResultError, match=r"version 1 in .* and lmms_default, version 1 in .*report them apart"):
-        report.report([files[0], other])
+        report.read_sections([files[0], other])
     with pytest.raises(ResultError, match="found 'x' twice; pass --names"):
-        report.report(files, ["x", "x"])
+        report.read_sections(files, ["x", "x"])
     with pytest.raises(ResultError, match="expected 2 names, one for each file, got 3"):
-        report.report(files, ["x", "y", "z"])
+        report.read_sections(files, ["x", "y", "z"])
     changed = [r | {"question": r["question"] | {"answer": "C"}} for r in records]
     with pytest.raises(ResultError, match=r"'0' in .* is not that of .*measured on different files"):
-        report.report([files[0], write(tmp_path / "changed", changed)])
+        report.read_sections([files[0], write(tmp_path / "changed", changed)])
 
 
 def test_files_that_are_missing_or_half_written(files, tmp_path):
     lines = files[0].with_suffix(".jsonl")
     whole = lines.read_text()
     with pytest.raises(ResultError, match=r"none\.json: expected a result file that eval\.py wrote, found none"):
-        report.report([tmp_path / "none.json"])
+        report.read_sections([tmp_path / "none.json"])
     for content, message in [
         (whole[:-30], "line 24: expected a record, but it does not parse; was it cut"),
         ("".join(whole.splitlines(True)[:20]), "expected 24 samples with seeds .*found 20 records of 20; was the"),
@@ -202,21 +213,21 @@ def test_files_that_are_missing_or_half_written(files, tmp_path):
     ]:
         lines.write_text(content)
         with pytest.raises(ResultError, match=message):
-            report.report(files)
+            report.read_sections(files)
     lines.unlink()
     with pytest.raises(ResultError, match="expected the records of a result, found none"):
-        report.report(files)
+        report.read_sections(files)
     files[1].write_text(json.dumps({"summary": {"test_505": {}}}))
     with pytest.raises(ResultError, match=r"expected the result of a benchmark, found no benchmark, .*evals\.compare"):
-        report.report(files[1:])
+        report.read_sections(files[1:])
     files[1].write_text('{"summary": ')
     with pytest.raises(ResultError, match="expected JSON, but it does not parse"):
-        report.report(files[1:])
+        report.read_sections(files[1:])
 
 
 def test_the_command_line_prints_one_sentence(files, capsys):
     report.main([*map(str, files)])
-    assert "0.542" in capsys.readouterr().out
+    assert "54.2 %" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^error: nothing\.json: expected a result file"):
         report.main(["nothing.json"])
 
@@ -224,10 +235,8 @@ def test_the_command_line_prints_one_sentence(files, capsys):
 # ---- The page, without a browser --------------------------------------------------------------------------------
 
 
-def test_the_data_cannot_leave_its_element(files, tmp_path):
-    out = tmp_path / "report.html"
-    report.report(files, out=out)
-    page = out.read_text(encoding="utf-8")
+def test_the_data_cannot_leave_its_element(files):
+    page = report.as_page(report.read_sections(files))
     start = page.index('id="data">') + len('id="data">')
     data = page[start : page.index("</script>", start)]
     assert data.isascii() and not set("<>&") & set(data)
@@ -238,9 +247,7 @@ def test_the_data_cannot_leave_its_element(files, tmp_path):
 
 def test_long_completions_and_many_samples_are_cut_and_said_so(tmp_path):
     long = [record("pvm", i) | {"completion": "x" * 50_000 + "the end"} for i in range(COUNT)]
-    out = tmp_path / "report.html"
-    report.report([write(tmp_path / "pvm", long)], out=out, max_samples=4)
-    page = out.read_text()
+    page = report.as_page(report.read_sections([write(tmp_path / "pvm", long)]), max_samples=4)
     assert len(page) < 150_000 and "the end" in page and "[... 38007 characters are not on this page ...]" in page
     samples = json.loads(page.split('id="data">')[1].split("</script>")[0])[0]["samples"]
     assert samples["asked"] == 24 and [q["index"] for q in samples["questions"]] == ["0", "6", "12", "18"]
@@ -253,7 +260,31 @@ def test_thumbnails_are_small():
 
 
 def test_records_survive_odd_line_ends(files):
-    assert [r["index"] for r in read_records(files[0].with_suffix(".jsonl"))] == [str(i) for i in range(COUNT)]
+    assert [r.index for r in read_records(files[0].with_suffix(".jsonl"))] == [str(i) for i in range(COUNT)]
+
+
+def test_images_come_from_the_file_that_was_evaluated(tmp_path):
+    pytest.importorskip("pvm_jax.evals.benchmarks")
+    records = [record("pvm", i) for i in range(3)]
+    result = write(tmp_path / "pvm", records, "charts")
+    rows = [{k: r["question"][k] for k in ("index", "answer")} | {"question": r["question"]["text"]} for r in records]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(str(i)) if i < 2 else b"no image")
+        rows[i]["image"] = f"{i}.png"
+    data, page = tmp_path / "charts.jsonl", tmp_path / "report.html"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report.main([str(result), f"--data={data}", f"--out={page}"])
+    questions = json.loads(page.read_text().split('id="data">')[1].split("</script>")[0])[0]["samples"]["questions"]
+    assert [set(q["images"][0]) for q in questions] == [{"url", "width", "height"}] * 2 + [{"error"}]
+
+    rows[1]["question"] = "Another one?"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(SystemExit, match=r"expected the questions of .*charts\.json, but '1' is another one; pass the"):
+        report.main([str(result), f"--data=charts={data}", f"--out={page}"])
+    rows[1]["question"] = records[1]["question"]["text"]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(SystemExit, match="but '2' is not there"):
+        report.main([str(result), f"--data=charts={data}", f"--out={page}"])
 
 
 # ---- The page in a browser --------------------------------------------------------------------------------------
@@ -286,7 +317,7 @@ def page(browser, files, tmp_path):
     """Two runs of a benchmark, and two seeds of one run of another."""
     more = write(tmp_path / "pvm", [record("pvm", i, s) for i in range(6) for s in (0, 1)], "ai2d")
     out = tmp_path / "report.html"
-    report.report([*files, more], ["base", "base + PVM"], out=out, images=images)
+    out.write_text(report.as_page(report.read_sections([*files, more], ["base", "base + PVM"]), images))
     browser.set_window_size(1280, 1000)
     browser.get(out.as_uri())
     return browser

@@ -27,7 +27,7 @@ from pvm_jax.data.images import DataError
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import Source, open_source
-from pvm_jax.evals.intervals import share, show
+from pvm_jax.evals.intervals import share
 from pvm_jax.evals.plugins import Evaluation
 from pvm_jax.evals.scoring import Scorer, make_scorer
 from pvm_jax.models.qwen3_vl import Qwen3VL
@@ -201,6 +201,11 @@ def table(summary: Mapping[str, Any]) -> str:
         shown = "  ".join(f"{b['from']}-{b['to']}: {b['value']:.3f}" for b in s["by_position"])
         lines.append(f"{condition:<15}{shown}")
     return "\n".join(lines)
+
+
+def show(s: Mapping[str, Any]) -> str:
+    """A share with its interval, `0.940 (0.925-0.952)`."""
+    return "-" if s["value"] is None else f"{s['value']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
 
 
 def run(evaluation: Evaluation, **options: Any) -> tuple[dict, list[dict], str]:

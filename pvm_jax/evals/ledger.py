@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pvm_jax.evals.questions import Record
-from pvm_jax.evals.results import ResultError, write_whole
+from pvm_jax.evals.results import ResultError, read_records, write_whole
 
 
 class Ledger:
@@ -69,28 +69,6 @@ class Ledger:
             raise ResultError(f"{self._run}: the records there are of another evaluation ({shown}); use a new workdir")
 
 
-def read_records(path: str | Path, *, mend: bool = False) -> list[Record]:
-    """The records of a file.
-
-    Args:
-      mend: a last line that was not written to its end is left out.
-
-    Raises:
-      ResultError: it is not there, or a line is no record; file and line are named.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ResultError(f"{path}: expected the records that eval.py wrote, found no file") from None
-    except UnicodeDecodeError as error:
-        raise ResultError(f"{path}: expected UTF-8 text ({error})") from None
-    lines = text.split("\n")
-    if mend or not lines[-1]:
-        lines.pop()
-    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-
-
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Writes a file of records, in one go."""
     write_whole(path, (_line(record) for record in records))
@@ -99,13 +77,6 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 def _line(record: Record) -> str:
     # ASCII: a completion may hold halves of surrogate pairs and separators that some readers take for line ends.
     return json.dumps(dataclasses.asdict(record)) + "\n"
-
-
-def _record(line: str, where: str) -> Record:
-    try:
-        return Record(**json.loads(line))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ResultError(f"{where}: expected a record of an evaluation ({error})") from None
 
 
 def _whole(records: Sequence[Record], seeds: Sequence[int]) -> list[Record]:

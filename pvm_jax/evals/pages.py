@@ -35,7 +35,7 @@ def write_page(
     Args:
       parts: sections, as `report.as_json` gives them.
       answers: of each section the records of each run.
-      images: (benchmark, index) -> the images of a question.
+      images: (benchmark, index) -> the images of a question, as `data.images.open_image` takes them; None: none.
       max_samples: so many questions of a benchmark, evenly spaced, are on the page with all their answers.
     """
     shown = [
@@ -75,8 +75,11 @@ def _samples(benchmark: str, runs: Sequence[Records], images: Images | None, max
 
 def _question(benchmark: str, index: str, record: Mapping[str, Any], images: Images | None) -> dict[str, Any]:
     fields = {key: record["question"].get(key) for key in OF_QUESTION}
-    found = images(benchmark, index) if images else ()
-    return {"index": index, "prompt": shorten(record["prompt"]), **fields, "images": [thumbnail(i) for i in found]}
+    try:
+        shown = [thumbnail(image) for image in (images(benchmark, index) if images else ())]
+    except DataError as error:  # images may be read only now
+        shown = [{"error": str(error)}]
+    return {"index": index, "prompt": shorten(record["prompt"]), **fields, "images": shown}
 
 
 def _answer(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -12,12 +12,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pvm_jax.data.images import DataError
-from pvm_jax.evals.intervals import show
 from pvm_jax.evals.pages import Images, write_page
 from pvm_jax.evals.results import ResultError, read_records, read_result
 
@@ -87,7 +86,7 @@ def read_run(path: str | Path, name: str) -> Run:
         )
     lines = path.with_suffix(".jsonl")
     records: dict[tuple[str, int], Mapping[str, Any]] = {}
-    for record in read_records(lines):
+    for record in map(dataclasses.asdict, read_records(lines)):
         key = str(record["index"]), record["seed"]
         if key in records:
             raise ResultError(f"{lines}: expected one record of each sample and seed, found two of {key}")
@@ -145,28 +144,37 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     metric = runs[0].summary["metric"]
     names = [metric, *dict.fromkeys(n for run in runs for n in run.summary["scores"] if n != metric)]
     misses = [m for m in MISSES if m in ALWAYS or any((run.summary.get(m) or {}).get("right") for run in runs)]
-    header = ["run", f"{metric} (95 %)", *names[1:], *misses, "seeds", "samples"]
+    header = ["run", f"{metric} (95 % interval)", *names[1:], *misses, "seeds", "samples"]
     rows = []
     for run in runs:
         scores = [run.summary["scores"].get(name) for name in names]
-        shown = ["-" if score is None else show(score) for score in scores]
-        shares = [percent(run.summary.get(m)) for m in misses]
+        shown = [interval(score) for score in scores]
+        shares = [counted(run.summary.get(m)) for m in misses]
         rows.append([run.name, *shown, *shares, _seeds(run, scores[0]), str(run.summary["samples"])])
     return header, rows
 
 
-def percent(share: Mapping[str, Any] | None) -> str:
-    """`1.2 % (18)`: a share and how many that are."""
-    if share is None or share["value"] is None:
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def interval(score: Mapping[str, Any] | None) -> str:
+    """`67.3 % (64.1-70.4)`."""
+    if score is None or score["value"] is None:
         return "-"
-    return f"{100 * share['value']:.1f} % ({share['right']})"
+    return f"{percent(score['value'])} ({100 * score['low']:.1f}-{100 * score['high']:.1f})"
+
+
+def counted(share: Mapping[str, Any] | None) -> str:
+    """`1.2 % (18)`: a share and how many that are."""
+    return "-" if share is None or share["value"] is None else f"{percent(share['value'])} ({share['right']})"
 
 
 def _seeds(run: Run, score: Mapping[str, Any] | None) -> str:
-    """`1`, or `4, spread 0.012`."""
+    """`1`, or `4, spread 1.2 %`: the standard deviation over seeds."""
     count = len(run.summary["seeds"])
     spread = (score or {}).get("spread")
-    return str(count) if count == 1 or spread is None else f"{count}, spread {spread:.3f}"
+    return str(count) if count == 1 or spread is None else f"{count}, spread {percent(spread)}"
 
 
 def _pairs(runs: Sequence[Run]) -> list[str]:
@@ -234,7 +242,7 @@ def _length(low: int, high: int | None) -> str:
 
 
 def _cell(share: Mapping[str, Any] | None) -> str:
-    return "-" if share is None else f"{show(share)}, n = {share['count']}"
+    return "-" if share is None else f"{interval(share)}, n = {share['count']}"
 
 
 def _md_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -272,38 +280,22 @@ def as_json(parts: Iterable[Section]) -> list[dict[str, Any]]:
     ]
 
 
-def report(
-    files: Sequence[str | Path],
-    names: Sequence[str] | None = None,
-    *,
-    out: str | Path | None = None,
-    markdown: str | Path | None = None,
-    json_out: str | Path | None = None,
-    images: Images | None = None,
-    max_samples: int = 500,
-) -> str:
-    """Reads results, writes what is asked for, and returns the tables.
+def read_sections(files: Sequence[str | Path], names: Sequence[str] | None = None) -> list[Section]:
+    """Results by benchmark.
 
     Args:
       files: NAME.json of each; NAME.jsonl lies beside it.
-      names: of the runs, one for each file, or one for each folder if files lie in as many; None: the folders'.
-      out, markdown, json_out: files to write.
-      images: (benchmark, index) -> the images of a question, as `data.images.open_image` takes them; None: none.
-      max_samples: so many questions of a benchmark are on the page.
+      names: of the runs, one for each file, or one for each folder if several files lie in one; None: the folders'.
 
     Raises:
       ResultError: files that are no results, or that do not compare.
     """
-    runs = [read_run(file, name) for file, name in zip(files, _names(files, names))]
-    parts = sections(runs)
-    if markdown:
-        _write(markdown, as_markdown(parts))
-    if json_out:
-        _write(json_out, json.dumps(as_json(parts), indent=1) + "\n")
-    if out:
-        answers = [[run.records for run in part.runs] for part in parts]
-        _write(out, write_page(as_json(parts), answers, images, max_samples))
-    return as_text(parts)
+    return sections([read_run(file, name) for file, name in zip(files, _names(files, names))])
+
+
+def as_page(parts: Sequence[Section], images: Images | None = None, max_samples: int = 500) -> str:
+    """The page; see `pages.write_page`."""
+    return write_page(as_json(parts), [[run.records for run in part.runs] for part in parts], images, max_samples)
 
 
 def _names(files: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
@@ -328,26 +320,37 @@ def _write(path: str | Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="replace")
 
 
-def open_images(given: Sequence[str], benchmarks: Sequence[str]) -> Callable[[str, str], Sequence[Any]]:
+def open_images(given: Sequence[str], split: str | None, parts: Sequence[Section]) -> Images:
     """Images of the questions in benchmark files.
 
     Args:
       given: `NAME=PATH`, or only a path if there is one benchmark.
+      split: of these files, see `open_benchmark`.
 
     Raises:
-      ResultError: a benchmark that is not in the report, or a path without its benchmark.
+      ResultError: a benchmark that is not in the report, or a file that does not hold the questions of its records.
     """
-    from pvm_jax.evals.benchmarks import open_benchmark  # with pyarrow, which a report without images does not need
+    from pvm_jax.evals.benchmarks import KINDS, open_benchmark  # with pyarrow, which is needed for images only
 
-    found: dict[str, dict[str, Sequence[Any]]] = {}
+    found: dict[tuple[str, str], Sequence[Any]] = {}
     for text in given:
-        name, _, path = text.rpartition("=")
-        if not name and len(benchmarks) == 1:
-            (name,) = benchmarks
-        if name not in benchmarks:
-            raise ResultError(f"--data={text}: expected NAME=PATH with a name of {', '.join(benchmarks)}")
-        found[name] = {question.index: question.images for question in open_benchmark(name, path)}
-    return lambda benchmark, index: found.get(benchmark, {}).get(index, ())
+        named = [part for part in parts if text.startswith(f"{part.benchmark}=")]
+        if not named and len(parts) > 1:
+            raise ResultError(f"--data={text}: expected NAME=PATH, NAME one of {', '.join(p.benchmark for p in parts)}")
+        part = named[0] if named else parts[0]
+        path = text.removeprefix(f"{part.benchmark}=")
+        name = part.benchmark if part.benchmark in KINDS else f"file:{part.benchmark}"
+        questions = {question.index: question for question in open_benchmark(name, path, split)}
+        for run in part.runs:
+            for (index, _), record in run.records.items():
+                if index not in questions or questions[index].text != record["question"]["text"]:
+                    raise ResultError(
+                        f"{path}: expected the questions of {run.path}, but {index!r} is "
+                        + ("another one" if index in questions else "not there")
+                        + "; pass the file that was evaluated, and --split if it has several"
+                    )
+                found[part.benchmark, index] = questions[index].images
+    return lambda benchmark, index: found.get((benchmark, index), ())
 
 
 def main(args: list[str] | None = None) -> None:
@@ -359,25 +362,20 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="JSON to write")
     parser.add_argument("--data", action="append", default=[], metavar="[NAME=]PATH", help="benchmark, for its images")
     parser.add_argument("--max_samples", type=int, default=500, help="questions of a benchmark on the page")
+    parser.add_argument("--split", help="of the files in --data")
     given = parser.parse_args(args)
     try:
-        images = None
-        if given.data and given.out:
-            summaries = [read_result(file)["summary"] for file in given.files]
-            images = open_images(given.data, list(dict.fromkeys(s.get("benchmark", "") for s in summaries)))
-        print(
-            report(
-                given.files,
-                given.names and given.names.split(","),
-                out=given.out,
-                markdown=given.markdown,
-                json_out=given.json,
-                images=images,
-                max_samples=given.max_samples,
-            )
-        )
+        parts = read_sections(given.files, given.names and given.names.split(","))
+        if given.out:
+            images = open_images(given.data, given.split, parts) if given.data else None
+            _write(given.out, as_page(parts, images, given.max_samples))
+        if given.markdown:
+            _write(given.markdown, as_markdown(parts))
+        if given.json:
+            _write(given.json, json.dumps(as_json(parts), indent=1) + "\n")
     except (ResultError, DataError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(as_text(parts))
 
 
 if __name__ == "__main__":

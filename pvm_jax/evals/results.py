@@ -1,6 +1,5 @@
 """Result files: `NAME.json` with the summary and what it was measured on, `NAME.jsonl` with one record per sample."""
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -70,29 +69,30 @@ def read_summary(path: str | Path) -> dict[str, Any]:
     return read_result(path)["summary"]
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The samples of a benchmark's result, each with the fields of `questions.Record`.
+def read_records(path: str | Path, *, mend: bool = False) -> list[Record]:
+    """The records of a file.
+
+    Args:
+      mend: a last line that was not written to its end is left out.
 
     Raises:
-      ResultError: the file is not there, or a line is no record, as where writing was cut short.
+      ResultError: it is not there, or a line is no record; file and line are named.
     """
-    fields = {f.name: f.default for f in dataclasses.fields(Record)}
-    records = []
+    path = Path(path)
     try:
-        lines = Path(path).read_bytes().split(b"\n")  # not splitlines, which breaks at other characters too
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ResultError(f"{path}: expected the records of a result, found none; run eval.py again") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise ResultError(f"{path}, line {number}: expected a record, but it does not parse; was it cut?") from None
-        if not isinstance(record, dict):
-            raise ResultError(f"{path}, line {number}: expected a record, found {type(record).__name__}")
-        missing = [f for f, default in fields.items() if default is dataclasses.MISSING and f not in record]
-        if missing:
-            raise ResultError(f"{path}, line {number}: expected a record, found no {', '.join(missing)} in it")
-        records.append({f: record.get(f, default) for f, default in fields.items()})
-    return records
+        raise ResultError(f"{path}: expected the records that eval.py wrote, found no file") from None
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{path}: expected UTF-8 text ({error})") from None
+    lines = text.split("\n")
+    if mend or not lines[-1]:
+        lines.pop()
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        return Record(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ResultError(f"{where}: expected a record of an evaluation ({error})") from None
