@@ -1,5 +1,6 @@
 """Files of benchmarks -> questions: both published layouts of each, files of users, and what can be wrong with them."""
 
+import base64
 import hashlib
 import json
 import tracemalloc
@@ -175,14 +176,14 @@ def test_images_are_not_kept(tmp_path):
     """Cells of 1 MB, eight times Python's default limit of a field; reading 20 of them holds a few at a time."""
     rows = made.ai2d_tsv()
     for row in rows:
-        row["image"] = row["image"] + "A" * 2**20
+        row["image"] = base64.b64encode(made.png(row["index"]) + bytes(3 * 2**18)).decode()
     path = made.write_tsv(tmp_path / "big.tsv", rows)
     tracemalloc.start()
     benchmark = open_benchmark("ai2d", path)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 2**18 and peak < 14 * 2**20, (kept, peak)
-    assert len(benchmark[7].images[0]) > 700_000
+    assert len(benchmark[7].images[0]) > 700_000 and numbers(benchmark[7]) == [7]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -375,7 +376,7 @@ def test_wrong_images_show_when_asked_for(tmp_path):
     for position, sentence in (
         (0, "m.tsv row 0: expected an image, and the row has none"),
         (6, "m.tsv row 6, image: expected an image in row 1000001, which names another row"),
-        (7, "m.tsv row 7, image[0]: no image file at "),
+        (7, "m.tsv row 7, image[0]: not base64 ("),
         (9, "m.tsv row 9, image[0]: no image file at "),
     ):
         with pytest.raises(DataError) as caught:

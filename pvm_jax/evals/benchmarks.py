@@ -29,8 +29,7 @@ from pvm_jax.evals.results import ResultError
 
 FILE_PREFIX = "file:"
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
-_PATH_LENGTH = 64  # characters of an image's cell that is a path for sure; longer ones without a dot are base64
+_PATH_LENGTH = 64  # characters of an image's cell that is a path; longer ones without a dot are base64
 _LOOKED_AT = 200  # questions, to tell benchmarks with the same columns from each other
 _IMAGE_COLUMNS = ("decoded_image", "images", "image", "image_path")  # the first that has something gives the images
 
@@ -231,8 +230,8 @@ def _cells(columns: Mapping[str, Any]) -> tuple[list[Any], str]:
 
 
 def _encoded(cell: Any) -> Any:
-    """Long text without a dot is base64, whatever it begins with; so a broken image is not taken for a path."""
-    if isinstance(cell, str) and len(cell) > _PATH_LENGTH and _BASE64.fullmatch(cell):
+    """Long text without a dot is base64, whatever is wrong with it; so a broken image is not taken for a path."""
+    if isinstance(cell, str) and len(cell) > _PATH_LENGTH and "." not in cell:
         return {"bytes": cell}
     return cell
 
