@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: test lint demo base bench clean
+.PHONY: test lint demo demo-grpo base bench clean
 
 test: .venv/.test lint
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile
@@ -15,6 +15,10 @@ lint: .venv/.test
 # Convert, train PVM and its control, evaluate, generate, export: tables and pictures under runs/demo.
 demo: .venv/.demo
 	PYTHON=$(PY) bash demo.sh
+
+# The second stage, GRPO, from the demo's result.
+demo-grpo: .venv/.demo
+	PYTHON=$(PY) bash demo_grpo.sh
 
 # Trains the checkpoint in assets/ again.
 base: .venv/.demo

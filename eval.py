@@ -3,9 +3,9 @@
     python eval.py --config=configs/digits_eval.py --workdir=DIR --config.checkpoint=CHECKPOINT
 
 CHECKPOINT is a Hugging Face directory, a native checkpoint or a training workdir. Each entry of `config.evals` names
-a module with `run(model, processor, mesh, **options) -> (summary, records, text)`; its text is printed, and
-`DIR/NAME.json` (summary, checkpoint, options) and `DIR/NAME.jsonl` (one record per sample) are written. Several hosts
-evaluate together with the flags of train.py; process 0 writes.
+a module with `run(evaluation, **options) -> (summary, records, text)`; its text is printed, and `DIR/NAME.json`
+(summary, and all that decided it) and `DIR/NAME.jsonl` (one record per sample) are written. Several hosts evaluate
+together with the flags of train.py; process 0 writes.
 """
 
 import json
@@ -20,8 +20,8 @@ from ml_collections import config_flags
 from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import checksum, load_model, open_checkpoint
 from pvm_jax.data.processor import Processor
-from pvm_jax.evals.plugins import find_run
-from pvm_jax.evals.results import ResultError, write_results
+from pvm_jax.evals.plugins import Evaluation, find_run
+from pvm_jax.evals.results import ResultError, versions, write_results
 from pvm_jax.sharding import make_mesh
 
 config_flags.DEFINE_config_file(
@@ -34,10 +34,10 @@ distributed.define_flags()
 
 def main(argv: list[str]) -> None:
     with distributed.join(**distributed.flag_values()) as cluster:
-        evaluate(flags.FLAGS.config.to_dict(), Path(flags.FLAGS.workdir), main_process=cluster.index == 0)
+        evaluate(flags.FLAGS.config.to_dict(), Path(flags.FLAGS.workdir), cluster)
 
 
-def evaluate(config: dict[str, Any], workdir: Path, main_process: bool) -> None:
+def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster) -> None:
     # ---- Configuration -------------------------------------------------------------------------------------------
     evaluations = {name: dict(options) for name, options in config["evals"].items()}
     runs = {name: find_run(options.pop("module"), name) for name, options in evaluations.items()}
@@ -53,9 +53,21 @@ def evaluate(config: dict[str, Any], workdir: Path, main_process: bool) -> None:
     model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True, mesh=mesh)
 
     # ---- Evaluations ---------------------------------------------------------------------------------------------
-    about = {"checkpoint": str(path), "checksum": checksum(path), "dtype": dtype}
+    cluster.check_shared(workdir)
+    main_process = cluster.index == 0
+    about = {"checkpoint": str(path), "checksum": checksum(path), "dtype": dtype, "versions": versions()}
     for name, run in runs.items():
-        summary, records, text = run(model, processor, mesh, **evaluations[name])
+        evaluation = Evaluation(
+            name=name,
+            model=model,
+            processor=processor,
+            workdir=workdir,
+            about=about,
+            mesh=mesh,
+            writes=main_process,
+            barrier=cluster.barrier,
+        )
+        summary, records, text = run(evaluation, **evaluations[name])
         if not main_process:
             continue
         print(text)

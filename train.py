@@ -136,6 +136,7 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
             batch = put_batch(drawn.batch, mesh, micro_batches)
             with reporter.compiling(batch):
                 state, metrics = update(state, frozen, batch)
+            del batch  # what samples the next one needs its room
             reporter.step(step, drawn, metrics)
 
             for evaluator in evaluators:

@@ -26,6 +26,7 @@ from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedul
 from pvm_jax.training.step import init_state, make_update, put_batch
 
 PVM_ONLY = (("pvm_block/", True), ("", False))
+GREEDY = Sampling()
 
 
 def load(directory: Path) -> Qwen3VL:
@@ -59,10 +60,10 @@ def decode_weight_bytes(model: Qwen3VL) -> int:
 class Prefill:
     """Seconds to the first token, from host arrays."""
 
-    def __init__(self, model: Qwen3VL, samples: Sequence[Encoded]):
+    def __init__(self, model: Qwen3VL, samples: Sequence[Encoded], sampling: Sampling = GREEDY):
         self.batch = make_batch(samples)
         self.graphdef, self.params = nnx.split(model)
-        self.switches, self.settings = decoding.make_settings(model, Sampling(), (), ())
+        self.switches, self.settings = decoding.make_settings(model, sampling, (), ())
         self.keys = row_keys(0, len(samples))
 
     def run(self) -> tuple[decoding.State, jax.Array, jax.Array]:
@@ -75,10 +76,10 @@ class Prefill:
 
 
 class Decode:
-    """Seconds a greedy step, in the compiled loop, behind a prompt."""
+    """Seconds a step, in the compiled loop, behind a prompt."""
 
-    def __init__(self, model: Qwen3VL, samples: Sequence[Encoded], steps: int):
-        self.prefill, self.steps = Prefill(model, samples), steps
+    def __init__(self, model: Qwen3VL, samples: Sequence[Encoded], steps: int, sampling: Sampling = GREEDY):
+        self.prefill, self.steps = Prefill(model, samples, sampling), steps
         self.state = self.prefill.run()[0]
 
     def arguments(self) -> tuple:

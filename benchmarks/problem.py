@@ -30,6 +30,7 @@ class Sizes:
       sft: (samples, visual tokens, prompt text, answer) of one training step.
       ragged: total lengths of the samples of one training step on ragged rows; `ragged_visual` tokens each.
       row: tokens a packed row.
+      rollout: (visual tokens, new tokens) of a prompt with several completions.
     """
 
     config: dict[str, Any]
@@ -41,6 +42,7 @@ class Sizes:
     ragged: tuple[int, ...]
     ragged_visual: int
     row: int
+    rollout: tuple[tuple[int, int], ...]
 
 
 def config(width: int, layers: int, heads: int, ffn: int, vocab: int, vision: int, depth: int, pvm: Sequence[int]):
@@ -100,6 +102,7 @@ FULL = Sizes(
     ragged=(96, 104, 112, 120, 136, 144, 160, 176, 200, 224, 256, 288, 336, 384, 448, 512),
     ragged_visual=64,
     row=512,
+    rollout=((256, 64), (1024, 64)),
 )
 QUICK = Sizes(
     config=config(192, 3, 3, 256, 512, vision=64, depth=4, pvm=(1,)),
@@ -111,6 +114,7 @@ QUICK = Sizes(
     ragged=(24, 32, 40, 48),
     ragged_visual=16,
     row=48,
+    rollout=((16, 8),),
 )
 
 

@@ -32,6 +32,23 @@ def alternate(measures: Mapping[str, Measure], rounds: int, pause: float = 0.2) 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class Parts:
+    """Where the time of a step of reinforcement learning went, by run."""
+
+    def __init__(self):
+        self._runs: list[dict[str, float]] = []
+
+    def add(self, total: float, rollout: float, rewards: float, tokens: int) -> None:
+        """Seconds, and tokens generated. What is neither rollout nor rewards is the update's."""
+        spent = {"total": total, "rollout": rollout, "rewards": rewards, "update": total - rollout - rewards}
+        self._runs.append(spent | {"tokens": tokens, "tokens_per_second": tokens / total})
+
+    def medians(self, rounds: int) -> dict[str, float]:
+        """Of the last `rounds` runs."""
+        runs = self._runs[-rounds:]
+        return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
 def bandwidth(megabytes: int, rounds: int) -> dict[str, float]:
     """Bytes a second: `copy` counts each byte as read and written, `read` is a sum.
 

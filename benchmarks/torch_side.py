@@ -129,12 +129,13 @@ def load(directory: Path) -> Model:
     return Model.from_pretrained(directory, dtype=torch.float32)
 
 
-def inputs(samples: Sequence[Encoded], image_token_id: int) -> dict[str, torch.Tensor]:
-    """Keyword arguments of the model: one sample a row, padded on the right; `labels` where something is learned."""
+def inputs(samples: Sequence[Encoded], image_token_id: int, *, left: bool = False) -> dict[str, torch.Tensor]:
+    """Keyword arguments of the model: one sample a row, padded on the right, or left; `labels` where there are any."""
     length = max(len(s.tokens) for s in samples)
 
     def pad(rows, value: int) -> torch.Tensor:
-        return torch.tensor([[*row.tolist(), *[value] * (length - len(row))] for row in rows])
+        rooms = [(row.tolist(), [value] * (length - len(row))) for row in rows]
+        return torch.tensor([[*room, *row] if left else [*row, *room] for row, room in rooms])
 
     ids = pad([s.tokens for s in samples], 0)
     side = [round(len(s.patches) ** 0.5) for s in samples]

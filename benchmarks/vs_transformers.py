@@ -19,10 +19,12 @@ from typing import Any
 ALL_THREADS = len(os.sched_getaffinity(0))
 
 
-def options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="PVM-JAX against transformers")
+def options(
+    argv: list[str] | None, description: str = "PVM-JAX against transformers", rounds: int = 7
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=ALL_THREADS, help="of both sides; default: all cores")
-    parser.add_argument("--rounds", type=int, default=7, help="alternations, at least 5 for numbers to quote")
+    parser.add_argument("--rounds", type=int, default=rounds, help="alternations, at least 5 for numbers to quote")
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
     parser.add_argument("--quick", action="store_true", help="tiny model, one round")

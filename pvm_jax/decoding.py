@@ -24,9 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx, struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import KVCache, Qwen3VL
 from pvm_jax.models.cache import cache_shardings, take_cache_rows
@@ -40,7 +41,7 @@ from pvm_jax.sampling import (
     row_keys,
     sample,
 )
-from pvm_jax.sharding import local_rows, mesh_of, shard_batch, take_rows
+from pvm_jax.sharding import AnyMesh, local_rows, mesh_of, shard_batch, take_rows
 
 CHUNK = 64  # decode steps a dispatch, and the room of the first cache
 
@@ -103,6 +104,7 @@ def complete(
     state, token, logprob = prefill(
         graphdef, params, batch, keys, settings, capacity=capacity, samples=samples, **static
     )
+    del batch  # its patches need not lie there while tokens are made
     made = _Made(rows, max_new_tokens)
     made.add(np.asarray(token)[:, None], np.asarray(logprob)[:, None])
     while made.length < max_new_tokens and not (finished := np.asarray(state.finished)).all():
@@ -110,7 +112,7 @@ def complete(
             state = take_rows_of_state(graphdef, params, state, keep, mesh=mesh)
         free = state.cache.capacity - prompt - (made.length - 1)
         if free == 0:
-            state = state.replace(cache=_grow(state.cache, prompt + next(rooms)))
+            state = state.replace(cache=grow(state.cache, prompt + next(rooms)))
             continue
         limit = np.int32(min(CHUNK, free, max_new_tokens - made.length))
         state, token, logprob, steps = decode(graphdef, params, state, limit, settings, **static)
@@ -230,7 +232,7 @@ def prefill(
     switches: Switches,
     capacity: int,
     samples: int = 1,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[State, Array, Array]:
     """State after the prompt, and each row's first token with its log-probability; `samples` rows a prompt.
 
@@ -271,7 +273,7 @@ def decode(
     settings: Settings,
     *,
     switches: Switches,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[State, Int[Array, "B chunk"], Float[Array, "B chunk"], Int[Array, ""]]:
     """Up to `limit` more tokens a row (at most CHUNK), their log-probabilities, and how many steps were made."""
     rows = state.tokens.shape[0]
@@ -296,7 +298,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="mesh")
-def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *, mesh: Mesh | None = None) -> State:
+def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *, mesh: AnyMesh | None = None) -> State:
     """The state of some rows, to go on with them alone."""
     model = nnx.merge(graphdef, params)
     taken = State(
@@ -310,32 +312,37 @@ def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *
     return _spread(taken, model, mesh)
 
 
-def _ways(mesh: Mesh | None) -> int:
+def _ways(mesh: AnyMesh | None) -> int:
     """Devices over which rows are spread."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _spread(state: State, model: Qwen3VL, mesh: Mesh | None) -> State:
-    """The state with its cache where `cache_shardings` says, and the rest, which is small, on every device.
+def state_shardings(state: State, config: ModelConfig, scan: bool, mesh: AnyMesh) -> State:
+    """Where a state lies: its cache as `cache_shardings` says, the rest, which is small, on every device.
 
     Every part has its place: one that XLA could choose would make the next dispatch another program.
+
+    Args:
+      state: arrays, or shapes.
     """
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), state)
+    return everywhere.replace(cache=cache_shardings(config, scan, state.tokens.shape[0], mesh))
+
+
+def _spread(state: State, model: Qwen3VL, mesh: AnyMesh | None) -> State:
     if mesh is None:
         return state
-    places = cache_shardings(model.config, model.scan, state.tokens.shape[0], mesh)
-    cache = jax.lax.with_sharding_constraint(state.cache, places)
-    rest = _everywhere((state.tokens, state.finished, state.step, state.keys, state.history), mesh)
-    return State(cache, *rest)
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, model.config, model.scan, mesh))
 
 
-def _everywhere(values: tuple[Any, ...], mesh: Mesh | None) -> tuple[Any, ...]:
+def _everywhere(values: tuple[Any, ...], mesh: AnyMesh | None) -> tuple[Any, ...]:
     if mesh is None:
         return values
     return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _grow(cache: KVCache, capacity: int) -> KVCache:
+def grow(cache: KVCache, capacity: int) -> KVCache:
     return cache.grow(capacity)
 
 

@@ -18,6 +18,7 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.distributed import PREEMPTED
 from pvm_jax.sharding import make_mesh
 from pvm_jax.training import grpo
+from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.metrics import read_metrics
 from pvm_jax.training.stage import Setup, TrainingError
 
@@ -106,7 +107,7 @@ def test_trainer_scores_what_the_sampler_drew(small_checkpoint, prompts, model):
     np.testing.assert_allclose(scored[learned], batch.sampled[learned], atol=1e-4)
     assert not batch.sampled[~learned].any() and (batch.sampled[learned] < 0).all()
     other = make(small_checkpoint, prompts, temperature=0.7)
-    other._banned[:] = False
+    other._objective.banned[:] = False
     assert np.abs(other._score(model, batch)[learned] - batch.sampled[learned]).max() > 1e-3
 
 
@@ -208,20 +209,28 @@ def test_stopped_anywhere_it_goes_on_with_the_same_numbers(finished, setting, tm
     assert len(list((tmp_path / "w" / "rollouts").glob("*.npz"))) <= 2
 
 
+def test_drawing_completions_is_no_waiting_for_data(finished):
+    """Rollouts are drawn at steps 1 and 3; that costs far more than reading two prompts."""
+    lines = read_metrics(finished)
+    assert ["time/rollout" in line for line in lines] == [True, False, True, False]
+    for line in lines[::2]:
+        assert {"time/update", "time/rewards", "time/scoring"} < set(line)
+        assert line["waiting_for_data"] < sum(share for name, share in line.items() if name.startswith("time/"))
+
+
 def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, model, tmp_path):
     stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
     with pytest.raises(TrainingError, match=r"00000001.npz: expected the completions that step 3 began with, found"):
         stage.next_batch(3, lambda: model)
 
 
-def test_rollouts_that_checkpoints_lie_within_are_kept(small_checkpoint, prompts, tmp_path):
+def test_rollouts_that_checkpoints_lie_within_are_kept(tmp_path):
     """Two steps a rollout: step 3 lies within rollout 1, step 4 between 1 and 2."""
-    stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
     for folder in ("checkpoints/3", "checkpoints/4", "rollouts"):
         (tmp_path / folder).mkdir(parents=True)
     for number in range(4):
-        stage._file(number).touch()
-    stage._forget(3)
+        rollouts.file(tmp_path, number).touch()
+    rollouts.forget(tmp_path, 2, 3)
     assert sorted(int(path.stem) for path in (tmp_path / "rollouts").iterdir()) == [1, 3]
 
 

@@ -33,6 +33,7 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
 from pvm_jax.evals import digits
+from pvm_jax.evals.plugins import Evaluation
 from pvm_jax.sharding import MESH_AXES, local_rows, make_mesh, take_rows
 from pvm_jax.training.checkpoints import complete_steps
 
@@ -576,7 +577,8 @@ def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoi
     options = runpy.run_path(str(config_file))["get_config"]("eval").to_dict()["evals"]["digits"]
     del options["module"]
     processor = Processor.from_pretrained(small_checkpoint)  # noqa: F811
-    summary, records, _ = digits.run(load_model(small_checkpoint, scan=True, mesh=mesh), processor, mesh, **options)
+    model = load_model(small_checkpoint, scan=True, mesh=mesh)
+    summary, records, _ = digits.run(Evaluation("digits", model, processor, tmp_path, mesh=mesh), **options)
     assert json.loads((tmp_path / "digits.json").read_text())["summary"] == json.loads(json.dumps(summary))
     assert [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()] == records
     assert len(records) == 6 * 3  # conditions

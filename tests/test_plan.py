@@ -23,7 +23,8 @@ import configs.sft
 from pvm_jax.config import ModelConfig
 from pvm_jax.planning import estimate, topology
 from pvm_jax.planning.hlo import Program
-from pvm_jax.planning.programs import Recipe, model_config, programs
+from pvm_jax.planning.programs import programs
+from pvm_jax.planning.recipe import Recipe, model_config
 from pvm_jax.planning.topology import PlanError
 from pvm_jax.presets import SIZES
 from pvm_jax.sharding import MESH_AXES, make_mesh

@@ -247,23 +247,30 @@ def test_metric_beyond_its_bound_is_said(tmp_path, capfd):
 
 
 def test_what_is_printed_tells_whether_data_is_the_bottleneck(tmp_path, capsys):
-    """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere."""
-    reporter = Reporter(tmp_path, 0, 4, every=2)
-    for step in (1, 2, 3, 4):
+    """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere.
+
+    Half of the third line's time went to something else than data.
+    """
+    reporter = Reporter(tmp_path, 0, 6, every=2)
+    for step in range(1, 7):
         with reporter.waiting():
-            time.sleep(0.2 if step < 3 else 0.0)
+            time.sleep(0.2 if step not in (3, 4) else 0.0)
         with reporter.paused():
             time.sleep(0.3)
         time.sleep(0.2)
-        drawn = StageBatch(batch=None, ids=("a",), tokens=96, metrics={"padding": (32, 128)})
+        drawn = StageBatch(batch=None, ids=("a",), tokens=96, metrics={"padding": (32, 128)},
+                           seconds={"rollout": 0.19} if step > 4 else {})  # fmt: skip
         reporter.step(step, drawn, {"loss": (1.0, 1), "grad_norm": (1.0, 1), "finite": (True, 1)})
         if step % 2 == 0:
             reporter.flush()
     reporter.close()
-    first, second = (line["waiting_for_data"] for line in read_metrics(tmp_path))
-    assert 0.3 < first < 0.7 and second < 0.1
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 2/4"))
-    assert re.fullmatch(r"step 2/4  loss 1.0000  tokens/s \d+  padding 25 %  waiting for data \d\d %", line)
+    lines = read_metrics(tmp_path)
+    first, second, third = (line["waiting_for_data"] for line in lines)
+    assert 0.3 < first < 0.7 and second < 0.1 and third < 0.15
+    assert ["time/rollout" in line for line in lines] == [False, False, True] and 0.3 < lines[2]["time/rollout"] < 0.7
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    said = r"step {}/6  loss 1.0000  tokens/s \d+  padding 25 %  waiting for data \d+ %"
+    assert re.fullmatch(said.format(2), printed[0]) and re.fullmatch(said.format(6) + r"  rollout \d\d %", printed[2])
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_names_the_samples(run, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.evals.digits import show
+from pvm_jax.evals.intervals import show
 from pvm_jax.evals.results import ResultError, read_summary
 
 COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73", "#cc79a7")

@@ -27,7 +27,8 @@ from pvm_jax.data.images import DataError
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import Source, open_source
-from pvm_jax.evals.intervals import share
+from pvm_jax.evals.intervals import share, show
+from pvm_jax.evals.plugins import Evaluation
 from pvm_jax.evals.scoring import Scorer, make_scorer
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import mesh_of
@@ -202,14 +203,9 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show(s: Mapping[str, Any]) -> str:
-    """A share with its interval, `0.940 (0.925-0.952)`."""
-    return "-" if s["value"] is None else f"{s['value']:.3f} ({s['low']:.3f}-{s['high']:.3f})"
-
-
-def run(model: Qwen3VL, processor: Processor, mesh: Mesh | None = None, **options: Any) -> tuple[dict, list[dict], str]:
+def run(evaluation: Evaluation, **options: Any) -> tuple[dict, list[dict], str]:
     """What `eval.py` calls: summary, records and text of a result; `options` are those of `Protocol`."""
-    summary, records = evaluate(model, processor, Protocol(**options), mesh)
+    summary, records = evaluate(evaluation.model, evaluation.processor, Protocol(**options), evaluation.mesh)
     return summary, records, table(summary)
 
 

@@ -1,6 +1,7 @@
 """Shares with their 95 % intervals."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 Z95 = 1.959964
@@ -24,3 +25,8 @@ def share(right: int, count: int) -> dict[str, Any]:
     """A share as it stands in result files; without observations its value is None."""
     low, high = wilson(right, count)
     return {"right": right, "count": count, "value": right / count if count else None, "low": low, "high": high}
+
+
+def show(s: Mapping[str, Any]) -> str:
+    """A share with its interval, `0.940 (0.925-0.952)`."""
+    return "-" if s["value"] is None else f"{s['value']:.3f} ({s['low']:.3f}-{s['high']:.3f})"

@@ -56,7 +56,7 @@ class Task:
       template: the form of the prompt, for people.
       rule: of `extract.RULES`.
       seeds: one answer to each question for every seed.
-      min_pixels, max_pixels: of an image.
+      min_pixels, max_pixels: of an image; None: as the checkpoint says.
       system: the system turn, "" for none.
       stop: strings at which an answer ends; applied to the finished text, as lmms-eval does.
       headline: the score (see `aggregate`) that stands for the benchmark.
@@ -72,8 +72,8 @@ class Task:
     max_new_tokens: int
     sampling: Sampling
     seeds: tuple[int, ...]
-    min_pixels: int
-    max_pixels: int
+    min_pixels: int | None
+    max_pixels: int | None
     system: str
     stop: tuple[str, ...]
     headline: str
@@ -140,8 +140,8 @@ def task(protocol: str, benchmark: str, random_seed: int | None = None) -> Task:
         protocol=protocol,
         version=VERSIONS[protocol],
         benchmark=benchmark,
-        min_pixels=MIN_PIXELS,
-        max_pixels=MAX_PIXELS,
+        min_pixels=None if protocol == "plain" else MIN_PIXELS,
+        max_pixels=None if protocol == "plain" else MAX_PIXELS,
         macro=("l2_category",) if benchmark in ("mmstar", "mmt") else (),
         random_seed=random_seed,
         **made,

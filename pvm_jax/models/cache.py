@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.models.stack import group_name
-from pvm_jax.sharding import BATCH_AXES
+from pvm_jax.sharding import BATCH_AXES, AnyMesh
 
 # A group's keys and values: [L,B,K,S,H] without those of the axes L, B, K that have length 1. XLA:CPU copies a buffer
 # that is written in one shape and read in another in every step of a loop; without such axes the shapes are the same
@@ -172,7 +172,7 @@ def init_cache(
     )
 
 
-def cache_shardings(config: ModelConfig, scan: bool, batch_size: int, mesh: Mesh) -> KVCache:
+def cache_shardings(config: ModelConfig, scan: bool, batch_size: int, mesh: AnyMesh) -> KVCache:
     """Where the parts of a cache lie: rows over data and fsdp, key/value heads over tensor.
 
     PVM's memory has one key/value head: every device of a row has it. Rows or heads that do not divide lie whole.

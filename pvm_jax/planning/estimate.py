@@ -1,10 +1,11 @@
-"""What a training step must at least hold and compute, from its shapes alone.
+"""What a program must at least hold, and a training step compute, from shapes alone.
 
 Bytes of one device: what cannot be avoided under the recipe, with each layer recomputed in the backward pass
 (`config.model.remat`):
 
-    weights       frozen and trainable parameters, as they are sharded
-    optimizer     both moments, and the gradients
+    weights       frozen and trainable parameters, as they are sharded; while completions are drawn, both copies
+    optimizer     both moments, and in a training step the gradients
+    cache         keys, values and visual memory; two of them where one is made from the other
     batch         its arrays
     layer inputs  one hidden state [rows,T,D] for every layer from the first trainable one on, and the gradient of the
                   last one, which the loss keeps
@@ -16,14 +17,11 @@ when they are recomputed, and once more for the gradient of their input. Attenti
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable
-from typing import Any
 
 import jax
 
 from pvm_jax.config import PVMConfig, TextConfig, VisionConfig
-from pvm_jax.planning.programs import TrainStep
+from pvm_jax.planning.recipe import Inference, Recipe, Step, TrainStep, on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +30,7 @@ class Bytes:
 
     weights: int
     optimizer: int
+    cache: int
     batch: int
     layer_inputs: int
     work: int
@@ -41,39 +40,48 @@ class Bytes:
         return sum(dataclasses.asdict(self).values())
 
 
-def unavoidable(step: TrainStep) -> Bytes:
-    """The least that a device holds at the step's peak."""
-    model, shape, mesh = step.recipe.model, step.shape, step.recipe.mesh
-    text, tensor = model.text, mesh.shape["tensor"]
+def unavoidable(step: Step) -> Bytes:
+    """The least that a device holds at the program's peak, with what is resident beside it."""
+    if isinstance(step, Inference):
+        return Bytes(
+            weights=on_device(jax.tree.leaves(step.weights)) + step.resident.weights,
+            optimizer=step.resident.optimizer,
+            cache=on_device(jax.tree.leaves(step.cache)),
+            batch=on_device(jax.tree.leaves(step.batch)),
+            layer_inputs=0,
+            work=_work(step.recipe, step.tokens, step.scored),
+        )
+    shape, text = step.shape, step.recipe.model.text
     rows = shape.rows // step.recipe.ways // shape.micro_batches
     tokens = rows * shape.length
-    trainable = on_device(step.state.trainable.values())
-    layer_inputs = 2 * tokens * text.hidden_size * (text.num_hidden_layers - first_trainable(step) + 1)
+    trainable = on_device([*step.state.trainable.values()])
+    return Bytes(
+        weights=trainable + on_device([*step.frozen.values()]) + step.resident.weights,
+        optimizer=on_device(jax.tree.leaves(step.state.optimizer)) + trainable,
+        cache=0,
+        batch=on_device(jax.tree.leaves(step.batch)),
+        layer_inputs=2 * tokens * text.hidden_size * (text.num_hidden_layers - first_trainable(step) + 1),
+        work=_work(step.recipe, tokens, 2 * rows * step.chunk),
+    )
+
+
+def _work(recipe: Recipe, tokens: int, scored: int) -> int:
+    """Of `tokens` that go through a layer, and of logits of `scored`; 0 of none."""
+    text, mesh = recipe.model.text, recipe.mesh
+    tensor = mesh.shape["tensor"]
     gathered, projection = 2 * layer_weights(text) // tensor, 2 * text.vocab_size * text.hidden_size // tensor
     if mesh.shape["fsdp"] == 1:
         gathered = projection = 0
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
     activations = 2 * tokens * (2 * heads * text.head_dim + 3 * text.intermediate_size) // tensor
-    logits = 2 * 4 * rows * step.chunk * text.vocab_size // tensor
-    return Bytes(
-        weights=trainable + on_device(step.frozen.values()),
-        optimizer=on_device(jax.tree.leaves(step.state.optimizer)) + trainable,
-        batch=on_device(jax.tree.leaves(step.batch)),
-        layer_inputs=layer_inputs,
-        work=max(gathered + activations, logits + projection),
-    )
-
-
-def on_device(arrays: Iterable[Any]) -> int:
-    """Bytes of one device's shards."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
+    logits = 4 * scored * text.vocab_size // tensor
+    return max(gathered + activations, logits + projection) if tokens else 0
 
 
 def first_trainable(step: TrainStep) -> int:
     """The first decoder layer that the backward pass reaches."""
     pvm = step.recipe.model.pvm
-    only_pvm = all("/pvm_block/" in name for name in step.state.trainable)
-    return pvm.layers[0] if pvm and only_pvm else 0
+    return pvm.layers[0] if pvm and step.only_pvm else 0
 
 
 def layer_weights(text: TextConfig) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from pvm_jax.config import ModelConfig
 from pvm_jax.training.stage import TrainingError
 
 Table = Sequence[tuple[str, bool]]
@@ -51,6 +52,11 @@ def trains(name: str, table: Table) -> bool:
     raise TrainingError(
         f"config.freeze: no pattern matches the parameter {name!r}; end the table with ('', False) or ('', True)"
     )
+
+
+def head_trains(config: ModelConfig, table: Table) -> bool:
+    """Whether the vocabulary projection trains."""
+    return trains("text/embed_tokens" if config.tie_word_embeddings else "lm_head", table)
 
 
 class Partition:

@@ -22,84 +22,25 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax.data.images import DataError
 from pvm_jax.data.order import permutation
 from pvm_jax.data.packing import Encoded
 from pvm_jax.data.prompts import Prompt, Prompts, open_prompts, reward_columns
 from pvm_jax.training import rollout as rollouts
-from pvm_jax.training.freeze import trains
-from pvm_jax.training.losses import TokenScores, next_token, token_scores
-from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, advantages, policy_loss, token_weights
+from pvm_jax.training.freeze import head_trains
+from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
+from pvm_jax.training.policy_objective import PolicyObjective, Settings
 from pvm_jax.training.rewards import Rewards, Scores
 from pvm_jax.training.rollout import Rollout, Shapes
-from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, TrainingError
-from pvm_jax.training.step import micro_batch, put_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """`config.stage`, apart from `module`.
-
-    Attributes:
-      prompts, completions: of a rollout; completions of each prompt.
-      max_new_tokens: of a completion.
-      temperature: of sampling and of the scored distribution.
-      rewards: ("module:function", weight) pairs, see rewards.py.
-      reward_errors: "error" or "zero", what follows when a reward function fails.
-      loss_type, epsilon, epsilon_high, beta: see policy_loss.py; epsilon_high None: as epsilon.
-      scale: what an advantage is divided by, see `policy_loss.advantages`.
-      mask_truncated: completions without an end teach nothing.
-      iterations: optimizer steps that learn from one rollout.
-      chunk: columns per chunk of the vocabulary projection.
-      sampler_gap: say so when sampler and trainer disagree by more than this, in nats a token.
-      samples: completions of each rollout that are written to workdir/completions.
-    """
-
-    rewards: Sequence[tuple[str, float]]
-    max_new_tokens: int
-    prompts: int = 8
-    completions: int = 8
-    temperature: float = 1.0
-    reward_errors: str = "error"
-    loss_type: str = "dapo"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    beta: float = 0.0
-    scale: str = "group"
-    mask_truncated: bool = True
-    iterations: int = 1
-    chunk: int = 128
-    sampler_gap: float = 0.1
-    samples: int = 8
-
-    def __post_init__(self):
-        least = {"prompts": 1, "completions": 2, "max_new_tokens": 1, "iterations": 1, "chunk": 1, "samples": 0}
-        for key, value in least.items():
-            if getattr(self, key) < value:
-                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {getattr(self, key)}")
-        for key, known in (("loss_type", LOSS_TYPES), ("scale", SCALES)):
-            if getattr(self, key) not in known:
-                raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")
-        if self.temperature <= 0:
-            raise TrainingError(
-                f"config.stage.temperature: expected a number above 0, got {self.temperature}; greedy completions of "
-                "a prompt are all the same and teach nothing"
-            )
-        if self.beta < 0 or self.epsilon <= 0:
-            raise TrainingError(
-                f"config.stage: expected epsilon above 0 and beta of at least 0, got {self.epsilon} and {self.beta}"
-            )
-
+from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, Stopwatch, TrainingError
+from pvm_jax.training.step import put_batch
 
 DATA_KEYS = ("layout", "instruction", "system", "split", "image_folder", "rename", "bad_rows", "threads")
 SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
@@ -107,10 +48,7 @@ SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
 
 def make_stage(setup: Setup, **options: Any) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.grpo"`."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    if unknown := sorted(set(options) - known):
-        raise TrainingError(f"config.stage: unknown keys {unknown}; expected some of {sorted(known)}")
-    settings = Settings(**options)
+    settings = Settings.make(options)
     data = {key: value for key, value in setup.data.items() if value is not None}
     if unknown := sorted(set(data) - {"path", *DATA_KEYS, *SHAPE_KEYS}):
         raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
@@ -121,16 +59,9 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
     prompts = open_prompts(data["path"], **{key: data[key] for key in DATA_KEYS if key in data})
     for reason, count in prompts.skipped.items():
         logging.warning("left out %d rows: %s, e.g. %s", count, reason, prompts.examples[reason])
-    shapes = Shapes(
-        prompt_lengths=tuple(sorted(data["prompt_length"])),
-        lengths=tuple(sorted(data["length"])),
-        patches=tuple(sorted(data["patches"])),
-        multiple=setup.row_multiple,
-        pack=data["pack"],
-    )
-    head = "text/embed_tokens" if setup.model_config.tie_word_embeddings else "lm_head"
+    shapes = Shapes.make(data, setup.row_multiple)
     rewards = Rewards(settings.rewards, settings.reward_errors)
-    return GRPO(setup, settings, shapes, prompts, rewards, head_trains=trains(head, setup.freeze))
+    return GRPO(setup, settings, shapes, prompts, rewards)
 
 
 class GRPO:
@@ -143,15 +74,14 @@ class GRPO:
         shapes: Shapes,
         prompts: Prompts,
         rewards: Rewards,
-        *,
-        head_trains: bool = True,
     ):
         if len(prompts) < settings.prompts:
             raise TrainingError(f"config.data: expected at least {settings.prompts} prompts, got {len(prompts)}")
         self._setup, self._settings, self._shapes = setup, settings, shapes
-        self._prompts, self._rewards, self._head_trains = prompts, rewards, head_trains
-        self._banned = np.zeros(setup.model_config.text.vocab_size, bool)
-        self._banned[np.asarray(setup.processor.banned_token_ids, np.int64)] = True
+        self._prompts, self._rewards = prompts, rewards
+        banned = np.zeros(setup.model_config.text.vocab_size, bool)
+        banned[np.asarray(setup.processor.banned_token_ids, np.int64)] = True
+        self._objective = PolicyObjective(settings, banned, head_trains(setup.model_config, setup.freeze))
         self._permutation = functools.lru_cache(2)(permutation)
         self._pool = ThreadPoolExecutor(setup.data.get("threads") or 4, "encode")
         self._reference: nnx.Module | None = None
@@ -159,7 +89,7 @@ class GRPO:
         self.steps_per_epoch = max(len(prompts) // settings.prompts, 1) * settings.iterations
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
-        return None
+        return self._objective.make_extra(rngs)
 
     def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
         """The rollout's rows; the policy is asked at its first step alone, or where nothing was kept of it."""
@@ -168,22 +98,10 @@ class GRPO:
             self._now = self._begin(number, policy, resumed=iteration > 0)
         drawn = self._now[1]
         # What the host knows of a rollout is logged once.
-        return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={})
+        return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={}, seconds={})
 
     def loss_fn(self, model: nnx.Module, batch: PolicyBatch) -> Loss:
-        settings = self._settings
-        scores = self._scores(model, batch, entropy=True)
-        loss = policy_loss(
-            scores.log_probs,
-            batch,
-            epsilon=settings.epsilon,
-            epsilon_high=settings.epsilon if settings.epsilon_high is None else settings.epsilon_high,
-            beta=settings.beta,
-            loss_type=settings.loss_type,
-        )
-        wanted = next_token(batch.batch.loss_weights) > 0
-        entropy = (scores.entropy.sum(), wanted.sum(dtype=np.float32))
-        return loss._replace(metrics=loss.metrics | {"entropy": entropy})
+        return self._objective.loss_fn(model, batch)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -193,8 +111,9 @@ class GRPO:
     def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
         drawn, prompts = self._draw(number)
-        kept = self._file(number)
+        kept = rollouts.file(self._setup.workdir, number)
         metrics: dict[str, Fraction] = {}
+        watch = Stopwatch()
         if resumed:
             if not kept.is_file():
                 raise TrainingError(
@@ -203,17 +122,22 @@ class GRPO:
                 )
             rollout = Rollout.load(kept, number, prompts)
         else:
-            rollout, metrics = self._draw_and_reward(number, drawn, prompts, policy())
+            model = policy()
+            with watch("update"):  # of the step before, which is still running
+                jax.block_until_ready(nnx.state(model))
+            rollout, metrics = self._draw_and_reward(number, drawn, prompts, model, watch)
         batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows)
         if settings.beta > 0:
             self._reference = self._reference or self._setup.reference()
-            batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
+            with watch("scoring"):
+                batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
         if settings.iterations > 1:
             if not resumed:
-                rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
+                with watch("scoring"):
+                    rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
                 if share.index == 0:
                     rollout.save(kept)
-                    self._forget(number)
+                    rollouts.forget(self._setup.workdir, settings.iterations, number)
             batch = dataclasses.replace(batch, old=self._mine(rollout.old))
         info = StageBatch(
             batch=batch,
@@ -221,6 +145,7 @@ class GRPO:
             tokens=tokens,
             metrics=metrics,
             bounds={"sampler_gap": settings.sampler_gap},
+            seconds=watch.seconds,
         )
         return rollout, info
 
@@ -253,21 +178,23 @@ class GRPO:
         raise TrainingError(f"{reason}; mend the row, raise the limit, or set config.data.bad_rows='skip'")
 
     def _draw_and_reward(
-        self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module
+        self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module, watch: Stopwatch
     ) -> tuple[Rollout, dict[str, Fraction]]:
         settings, setup = self._settings, self._setup
         group = settings.completions
-        made = rollouts.draw(
-            model,
-            setup.processor,
-            prompts,
-            group,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            shapes=self._shapes,
-            key=(setup.seed, number),
-        )
-        rewards, metrics = self._reward(number, drawn, made)
+        with watch("rollout"):
+            made = rollouts.draw(
+                model,
+                setup.processor,
+                prompts,
+                group,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                shapes=self._shapes,
+                key=(setup.seed, number),
+            )
+        with watch("rewards"):
+            rewards, metrics = self._reward(number, drawn, made)
         masked = ~made.stopped & settings.mask_truncated
         weights, counts = token_weights(made.lengths, masked, settings.loss_type, settings.max_new_tokens)
         by_prompt = rewards.reshape(-1, group)
@@ -339,20 +266,6 @@ class GRPO:
 
     # ---- Passes that are not differentiated ----------------------------------------------------------------------
 
-    def _scores(self, model: nnx.Module, batch: PolicyBatch, entropy: bool = False) -> TokenScores:
-        tokens, weights = batch.batch.tokens, batch.batch.loss_weights
-        return token_scores(
-            model.logits_in_loop(),
-            model(batch.batch),
-            next_token(tokens),
-            next_token(weights) > 0,
-            chunk=self._settings.chunk,
-            temperature=self._settings.temperature,
-            banned=jnp.asarray(self._banned),
-            entropy=entropy,
-            head_trains=self._head_trains,
-        )
-
     def _score(self, model: nnx.Module, batch: PolicyBatch) -> np.ndarray:
         """f32 [B,T] of all processes' rows: log-probabilities of the batch's tokens, each at its own column."""
         setup = self._setup
@@ -361,37 +274,7 @@ class GRPO:
 
     @functools.cached_property
     def _scoring(self) -> Callable[..., jax.Array]:
-        parts = self._setup.micro_batches
-
-        def run(graphdef: Any, params: Any, batch: PolicyBatch) -> jax.Array:
-            model = nnx.merge(graphdef, params)
-
-            def score(part: jax.Array) -> jax.Array:
-                return self._scores(model, micro_batch(batch, part, parts)).log_probs
-
-            taken = jax.lax.map(score, jnp.arange(parts))
-            # Row i of part j is row i * parts + j; the log-probability in column t is that of token t + 1.
-            rows = taken.swapaxes(0, 1).reshape(-1, taken.shape[-1])
-            return jnp.pad(rows[:, :-1], ((0, 0), (1, 0)))
-
-        return jax.jit(run, static_argnums=0, out_shardings=NamedSharding(self._setup.mesh, PartitionSpec()))
+        return self._objective.scoring(self._setup.mesh, self._setup.micro_batches)
 
     def _mine(self, values: np.ndarray) -> np.ndarray:
         return values[np.asarray(self._setup.share.rows(len(values)))]
-
-    # ---- What a resumed run needs ---------------------------------------------------------------------------------
-
-    def _file(self, number: int) -> Path:
-        return (self._setup.workdir or Path()) / "rollouts" / f"{number:08d}.npz"
-
-    def _forget(self, number: int) -> None:
-        """Removes the rollouts that no checkpoint lies within."""
-        steps = self._settings.iterations
-        checkpoints = (self._setup.workdir or Path()) / "checkpoints"
-        saved = (
-            [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-        )
-        needed = {number} | {step // steps for step in saved if step % steps}
-        for path in self._file(number).parent.glob("*.npz"):
-            if int(path.stem) not in needed:
-                path.unlink()

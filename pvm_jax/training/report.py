@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ class Reporter:
 
     A step's metrics are fetched while the next step runs, so that the device never waits for the host; `flush`
     waits. Speeds leave out compilation and whatever else is inside `paused`. `waiting_for_data` is the share of the
-    time inside `waiting`: near 0, the batches come fast enough.
+    time inside `waiting`: near 0, the batches come fast enough. What the stage did there instead of reading data, e.g.
+    drawing completions, is not in it (`StageBatch.seconds`) and has a share of its own, `time/NAME`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Reporter:
         self._shapes: set[tuple[Any, ...]] = set()
         self._tokens = self._samples = 0
         self._waited = 0.0
+        self._elsewhere: Counter[str] = Counter()
         self._since = time.monotonic()
 
     def sums(self) -> dict[str, list[float]]:
@@ -57,6 +60,7 @@ class Reporter:
         Raises:
           NonFiniteLoss: of the step before.
         """
+        self._elsewhere.update(drawn.seconds)  # before `flush`: its line counts this step's `waiting` as well
         self.flush()
         self._waiting = (step, drawn, metrics)
 
@@ -137,17 +141,21 @@ class Reporter:
         values = self._meter.take() | {
             "tokens_per_second": self._tokens / seconds,
             "samples_per_second": self._samples / seconds,
-            "waiting_for_data": min(self._waited / seconds, 1.0),
+            "waiting_for_data": min(max(self._waited - self._elsewhere.total(), 0.0) / seconds, 1.0),
         }
+        shares = {name: min(spent / seconds, 1.0) for name, spent in self._elsewhere.items()}
+        values |= {f"time/{name}": share for name, share in shares.items()}
         self._tokens = self._samples = 0
         self._waited = 0.0
+        self._elsewhere.clear()
         self._since = time.monotonic()
         if not self._writer:
             return
         self._writer.write(step, values)
         short = {"loss": f"{values.get('loss', 0):.4f}", "tokens/s": f"{values['tokens_per_second']:.0f}"}
         short |= {"padding": f"{100 * values['padding']:.0f} %"} if "padding" in values else {}
-        short["waiting for data"] = f"{100 * values['waiting_for_data']:.0f} %"
+        shares = {"waiting for data": values["waiting_for_data"]} | shares
+        short |= {name: f"{100 * share:.0f} %" for name, share in shares.items()}
         self._bar.set_postfix(short)
         if self._bar.disable:  # not a terminal: lines instead of a bar
             print(f"step {step}/{self._stop}  " + "  ".join(f"{k} {v}" for k, v in short.items()), flush=True)

@@ -5,7 +5,7 @@ All functions here give every process the same result; of a batch to learn from 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,19 @@ class Shapes:
     patches: Sequence[int]
     multiple: int = 1
     pack: bool = True
+
+    @classmethod
+    def make(cls, data: Mapping[str, Any], multiple: int) -> "Shapes":
+        """From `config.data`."""
+        buckets = (tuple(sorted(data[key])) for key in ("prompt_length", "length", "patches"))
+        return cls(*buckets, multiple=multiple, pack=data["pack"])
+
+    def rows(self, filled: int) -> int:
+        """B of a batch to learn from of which so many rows are filled."""
+        total = self.multiple
+        while total < filled:
+            total *= 2
+        return total
 
     def check(self, prompt: Encoded, max_new_tokens: int) -> str | None:
         """Why this prompt cannot be used, or None."""
@@ -86,6 +99,21 @@ class Rollout:
             return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})
 
 
+def file(workdir: Path | None, number: int) -> Path:
+    """Where a rollout is kept for a resumed run; without a workdir, under the current one."""
+    return (workdir or Path()) / "rollouts" / f"{number:08d}.npz"
+
+
+def forget(workdir: Path | None, iterations: int, number: int) -> None:
+    """Removes the rollouts, of `iterations` steps each, that no checkpoint lies within; `number` stays."""
+    checkpoints = (workdir or Path()) / "checkpoints"
+    saved = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
+    needed = {number} | {step // iterations for step in saved if step % iterations}
+    for path in file(workdir, number).parent.glob("*.npz"):
+        if int(path.stem) not in needed:
+            path.unlink()
+
+
 _ARRAYS = ("advantages", "masked", "weights", "counts", "old")
 
 
@@ -124,10 +152,19 @@ def _for_decoding(model: nnx.Module) -> nnx.Module:
         return model
 
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        return x if re.search(NO_DECAY, name) else x.astype(model.dtype)
+        return x.astype(decoding_dtype(path, x, model.dtype))
 
     return nnx.merge(graphdef, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cast, tree))(params))
+
+
+def decoding_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
+    """In what a parameter of the training state, at `path` in the model's tree, is kept while completions are drawn.
+
+    Args:
+      dtype: what is computed in.
+    """
+    name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
+    return x.dtype if re.search(NO_DECAY, name) else dtype
 
 
 def learning_batch(rollout: Rollout, shapes: Shapes, local_rows: Any) -> tuple[PolicyBatch, tuple[int, ...], int]:
@@ -149,9 +186,7 @@ def learning_batch(rollout: Rollout, shapes: Shapes, local_rows: Any) -> tuple[P
     sizes = [(len(samples[i].tokens), len(samples[i].patches)) for i in kept]
     placed = place(sizes, shapes.lengths, shapes.patches, None, shapes.multiple, shapes.pack)
     rows = [[kept[at] for at in row] for row in placed.rows if row]
-    total = shapes.multiple
-    while total < len(rows):
-        total *= 2
+    total = shapes.rows(len(rows))
     rows += [[] for _ in range(total - len(rows))]
 
     mine = np.asarray(local_rows(total))

@@ -17,7 +17,7 @@ from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import AnyMesh, param_shardings
 from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
-from pvm_jax.training.stage import Fraction, Setup, Stage, TrainingError
+from pvm_jax.training.stage import Fraction, Objective, Setup, Stage, TrainingError
 
 Evaluate = Callable[[nnx.Module], Mapping[str, Fraction]]
 
@@ -73,7 +73,7 @@ class Blueprint:
         self,
         config: ModelConfig,
         options: ModelOptions,
-        stage: Stage,
+        stage: Objective,
         table: Table,
         mesh: AnyMesh,
         platform: str | None = None,

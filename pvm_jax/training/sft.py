@@ -15,7 +15,7 @@ from flax import nnx
 
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
 from pvm_jax.data.sources import open_source
-from pvm_jax.training.freeze import trains
+from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.losses import cross_entropy
 from pvm_jax.training.stage import Loss, Setup, Stage, StageBatch, TrainingError
 
@@ -26,8 +26,7 @@ LOADER_KEYS = frozenset(("loss_normalization", "overlong", "bad_rows", "pack", "
 
 def make_stage(setup: Setup, *, chunk: int = 128) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.sft"`."""
-    head = "text/embed_tokens" if setup.model_config.tie_word_embeddings else "lm_head"
-    return SFT(make_loader(setup), chunk, head_trains=trains(head, setup.freeze))
+    return SFT(make_loader(setup), chunk, head_trains=head_trains(setup.model_config, setup.freeze))
 
 
 @runtime_checkable

@@ -12,8 +12,10 @@ A stage lives in a module of its own that has
 stage needs no change to `train.py`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -58,7 +60,8 @@ class StageBatch:
     gives the rows that are its own (`Setup.share.rows`); all the other fields are about the whole batch.
     `ids` name the samples in the message of a non-finite loss. `tokens` counts those that are not padding.
     With a `label` (the stream, say) the loss is logged under that name too. `metrics` are the host's own. A metric of
-    the step that exceeds its entry of `bounds` is reported.
+    the step that exceeds its entry of `bounds` is reported. `seconds` are those that `next_batch` spent on something
+    else than data, by name.
     """
 
     batch: Any
@@ -67,6 +70,20 @@ class StageBatch:
     label: str = ""
     metrics: dict[str, Fraction] = dataclasses.field(default_factory=dict)
     bounds: dict[str, float] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+class Stopwatch:
+    """`with watch("rollout"): ...` adds to `watch.seconds["rollout"]`."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
 
 class Loss(NamedTuple):
@@ -78,11 +95,8 @@ class Loss(NamedTuple):
 
 
 @runtime_checkable
-class Stage(Protocol):
-    """One kind of training."""
-
-    steps_per_epoch: int | None
-    """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
+class Objective(Protocol):
+    """What of a stage the devices compute. It needs neither data nor weights: plans are made of it."""
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         """Trainable parameters of the stage's own, e.g. heads that are dropped after training; usually None.
@@ -92,15 +106,23 @@ class Stage(Protocol):
         """
         ...
 
+    def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
+        """The loss of one micro-batch; pure, traced under `jax.jit` and `jax.grad`."""
+        ...
+
+
+@runtime_checkable
+class Stage(Objective, Protocol):
+    """One kind of training."""
+
+    steps_per_epoch: int | None
+    """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
+
     def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
         """The batch of `step`, a pure function of (seed, step) and, for stages that sample, of the policy.
 
         `policy()` is the model with its current weights. Resuming at step k calls `next_batch(k)` first.
         """
-        ...
-
-    def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
-        """The loss of one micro-batch; pure, traced under `jax.jit` and `jax.grad`."""
         ...
 
     def close(self) -> None:

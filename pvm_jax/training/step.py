@@ -14,7 +14,7 @@ from jaxtyping import Array
 from pvm_jax.data.batch import Batch
 from pvm_jax.sharding import BATCH_AXES, AnyMesh, put_rows, shard_batch
 from pvm_jax.training.freeze import Arrays, Partition
-from pvm_jax.training.stage import Stage, TrainingError
+from pvm_jax.training.stage import Objective, TrainingError
 
 GATE = re.compile(r"text/layers/(\d+)/pvm_block/gate_alpha$")
 
@@ -109,7 +109,7 @@ def micro_batch(batch: Any, index: Any, parts: int) -> Any:
 
 
 def loss_and_gradients(
-    stage: Stage, partition: Partition, trainable: Arrays, frozen: Arrays, batch: Any, micro_batches: int = 1
+    stage: Objective, partition: Partition, trainable: Arrays, frozen: Arrays, batch: Any, micro_batches: int = 1
 ) -> tuple[Array, Array, dict[str, tuple[Array, Array]], Arrays]:
     """Sum and count of the loss, the stage's metrics, and the gradients of sum / count.
 
@@ -139,7 +139,7 @@ def loss_and_gradients(
 
 
 def make_update(
-    stage: Stage,
+    stage: Objective,
     partition: Partition,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,

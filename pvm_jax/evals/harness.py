@@ -1,0 +1,230 @@
+"""A benchmark put to a model: `config.evals.NAME.module` of eval.py and, as an evaluator, of train.py.
+
+    evals = {"mmstar": {"module": "pvm_jax.evals.harness", "benchmark": "mmstar", "protocol": "pvm_reasoning",
+                        "path": "MMStar.tsv"}}
+
+Every record is on disk before the next batch begins (`ledger.py`): an evaluation that was interrupted goes on where it
+was, and any number of devices or processes gives the same records. A question that cannot be asked (an image that does
+not decode, a prompt that is too long) gets a record that says why; it counts as wrong, and is counted apart.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from pvm_jax.data.processor import Processor
+from pvm_jax.evals import aggregate, protocols
+from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
+from pvm_jax.evals.benchmarks import Benchmark, open_benchmark
+from pvm_jax.evals.extract import RULES
+from pvm_jax.evals.judge import Judge
+from pvm_jax.evals.ledger import Ledger
+from pvm_jax.evals.plugins import Evaluation
+from pvm_jax.evals.protocols import Task
+from pvm_jax.evals.questions import Question, Record
+from pvm_jax.evals.results import ResultError
+from pvm_jax.grading import Grader
+from pvm_jax.models.qwen3_vl import Qwen3VL
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """`config.evals.NAME`, apart from `module` (and `every` in training).
+
+    Attributes:
+      benchmark, path, split: see `benchmarks.open_benchmark`.
+      protocol: see `protocols.task`.
+      seeds: how many answers to each question; None: as the protocol says.
+      limit: the first so many questions; None: all.
+      max_new_tokens, temperature, min_pixels, max_pixels, rule: instead of the protocol's; the result says which.
+      judge: fields of `judge.Judge`, which is asked where no rule finds an answer; None: rules alone.
+      rows, prompt_length, patches, threads: see `Shapes`.
+    """
+
+    benchmark: str
+    path: str | Sequence[str]
+    protocol: str
+    split: str | None = None
+    seeds: int | None = None
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    rule: str | None = None
+    judge: Mapping[str, Any] | None = None
+    rows: int = 32
+    prompt_length: Sequence[int] = ()
+    patches: Sequence[int] = ()
+    threads: int = 4
+
+    @classmethod
+    def of(cls, name: str, given: Mapping[str, Any]) -> "Options":
+        """The options of `config.evals.NAME`.
+
+        Raises:
+          ResultError: a key that there is not, one that is missing, or a number out of range.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(given) - set(fields)):
+            raise ResultError(f"config.evals.{name}: unknown keys {unknown}; expected some of {sorted(fields)}")
+        for key in ("benchmark", "path", "protocol"):
+            if not given.get(key):
+                raise ResultError(f"config.evals.{name}.{key}: expected a value; pass --config.evals.{name}.{key}=...")
+        for key in ("seeds", "limit", "max_new_tokens", "rows", "threads"):
+            if given.get(key) is not None and given[key] < 1:
+                raise ResultError(f"config.evals.{name}.{key}: expected at least 1, got {given[key]}")
+        if given.get("rule") and given["rule"] not in RULES:
+            raise ResultError(f"config.evals.{name}.rule: expected one of {sorted(RULES)}, got {given['rule']!r}")
+        return cls(**{key: value for key, value in given.items() if value is not None})
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(self.rows, tuple(self.prompt_length), tuple(self.patches), self.threads)
+
+    def task(self, kind: str) -> Task:
+        """The protocol's task, with what these options change."""
+        task = protocols.task(self.protocol, kind)
+        changes = {key: getattr(self, key) for key in ("max_new_tokens", "min_pixels", "max_pixels", "rule")}
+        if self.seeds is not None:
+            changes["seeds"] = tuple(range(self.seeds))
+        if self.temperature is not None:
+            changes["sampling"] = dataclasses.replace(task.sampling, temperature=self.temperature)
+        return dataclasses.replace(task, **{key: value for key, value in changes.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A benchmark that is put to models, one after the other: what `run` and `make_evaluator` share."""
+
+    options: Options
+    benchmark: Benchmark
+    task: Task
+    processor: Processor
+    judge: Judge | None
+
+    @classmethod
+    def of(cls, name: str, processor: Processor, given: Mapping[str, Any]) -> "Prepared":
+        options = Options.of(name, given)
+        benchmark = open_benchmark(options.benchmark, options.path, options.split)
+        task = options.task(benchmark.kind)
+        limits = {"min_pixels": task.min_pixels, "max_pixels": task.max_pixels}
+        images = dataclasses.replace(processor.images, **{k: v for k, v in limits.items() if v is not None})
+        judge = Judge(**options.judge) if options.judge else None
+        return cls(options, benchmark, task, dataclasses.replace(processor, images=images), judge)
+
+    @property
+    def questions(self) -> Sequence[Question]:
+        return self.benchmark[: self.options.limit]
+
+    def answers(self, model: Qwen3VL, mesh: Mesh | None = None, known: Container[str] = ()) -> Iterator[list[Record]]:
+        """Records of the questions whose index is not `known`, judged, batch by batch."""
+        name, broken = self.benchmark.name, self.benchmark.broken
+        left = [question for question in self.questions if question.index not in known]
+        for question in left:
+            if question.index in broken:
+                asked = Asked(question, None, error=broken[question.index])
+                yield [make_record(name, self.task, asked, seed) for seed in self.task.seeds]
+        whole = [question for question in left if question.index not in broken]
+        with closing(Grader()) as grader:
+            for records in answers(
+                model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade
+            ):
+                yield [self.judge(record) for record in records] if self.judge else records
+
+    def about(self) -> dict[str, Any]:
+        """All that decides the records but the checkpoint, as plain values."""
+        benchmark, images = self.benchmark, self.processor.images
+        return {
+            "data": {
+                "name": benchmark.name,
+                "layout": benchmark.layout,
+                "split": benchmark.split,
+                "limit": self.options.limit,
+                "questions": len(self.questions),
+                "checksum": benchmark.checksum,
+            },
+            "task": self.task.about() | {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels},
+            "judge": self.judge and self.judge.model,
+        }
+
+    def summary(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The scores, and what they are scores of.
+
+        Raises:
+          ResultError: a question has no record, or two.
+        """
+        expected = aggregate.expected_keys(self.benchmark.name, self.questions, self.task.seeds)
+        return aggregate.aggregate(self.task, expected, records) | self.about()
+
+    def in_order(self, records: Sequence[Record]) -> list[Record]:
+        """As the questions stand in their file."""
+        places = {question.index: place for place, question in enumerate(self.questions)}
+        return sorted(records, key=lambda record: (places[record.index], record.seed))
+
+
+def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """What eval.py calls: asks what is not answered yet; summary, records and table. `options` are `Options`."""
+    prepared = Prepared.of(evaluation.name, evaluation.processor, options)
+    identity = prepared.about() | {
+        key: evaluation.about[key] for key in ("checksum", "dtype") if key in evaluation.about
+    }
+    if evaluation.writes:  # mends the files that the others then read
+        ledger = Ledger(evaluation.workdir, evaluation.name, identity, prepared.task.seeds, writes=True)
+    evaluation.barrier(f"records of {evaluation.name} opened")
+    if not evaluation.writes:
+        ledger = Ledger(evaluation.workdir, evaluation.name, identity, prepared.task.seeds, writes=False)
+    evaluation.barrier(f"records of {evaluation.name} read")
+    progress = _Progress(evaluation.name, len(prepared.questions) * len(prepared.task.seeds), ledger.records)
+    for records in prepared.answers(evaluation.model, evaluation.mesh, {r.index for r in ledger.records}):
+        ledger.add(records)
+        if evaluation.writes:
+            progress.add(records)
+    summary = prepared.summary(ledger.records)
+    records = [dataclasses.asdict(record) for record in prepared.in_order(ledger.records)]
+    return summary, records, aggregate.table(summary)
+
+
+def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
+    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count)."""
+    prepared = Prepared.of("NAME", processor, options)
+
+    def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
+        records = [record for batch in prepared.answers(model) for record in batch]
+        summary = prepared.summary(records)
+        found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
+        found |= {
+            name: (summary[name]["right"], summary[name]["count"]) for name in ("truncated", "unparsed", "broken")
+        }
+        return found | {"tokens": (sum(record.tokens for record in records), len(records))}
+
+    return evaluator
+
+
+class _Progress:
+    """One line a minute at most."""
+
+    def __init__(self, name: str, total: int, known: Sequence[Record]):
+        self._name, self._total, self._begun, self._said = name, total, time.monotonic(), 0.0
+        self._before, self._done, self._right = len(known), len(known), sum(record.right for record in known)
+        if known:
+            print(f"{name}: {len(known)} of {total} answers are there already", flush=True)
+
+    def add(self, records: Sequence[Record]) -> None:
+        self._done += len(records)
+        self._right += sum(record.right for record in records)
+        now = time.monotonic()
+        if now - self._said < 60 and self._done < self._total:
+            return
+        self._said = now
+        speed = (self._done - self._before) / max(now - self._begun, 1e-9)
+        print(
+            f"{self._name}: {self._done} of {self._total} answers, {self._right / self._done:.3f} right, "
+            f"{speed:.3g} a second, {(self._total - self._done) / speed / 60:.0f} minutes left",
+            flush=True,
+        )

@@ -1,0 +1,121 @@
+"""The records of an evaluation while it runs: nothing that was generated is lost to a kill, nothing is counted twice.
+
+`NAME.run.json` says what is being measured; `NAME.jsonl` has one record a line, in the order in which they came, each
+batch of them on disk before the next begins. Started again, an evaluation goes on behind the last whole question, if it
+is the same one. At the end the file is written again in the order of the benchmark, so that it is the same however
+often the evaluation was interrupted.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pvm_jax.evals.questions import Record
+from pvm_jax.evals.results import ResultError, write_whole
+
+
+class Ledger:
+    """Records on disk. Of several processes that share the workdir one writes.
+
+    Attributes:
+      records: all that are known, in the order in which they came.
+    """
+
+    def __init__(self, workdir: Path, name: str, identity: Mapping[str, Any], seeds: Sequence[int], *, writes: bool):
+        """Opens the records of `name`, or begins them.
+
+        Args:
+          identity: what decides the outcome, plain JSON values.
+          seeds: questions without a record for each of them are asked again.
+          writes: this process mends and extends the files; the others must open them after it has.
+
+        Raises:
+          ResultError: the workdir holds records of something else, or of no evaluation.
+        """
+        self.path, self._run = workdir / f"{name}.jsonl", workdir / f"{name}.run.json"
+        self._writes = writes
+        identity = json.loads(json.dumps(identity))
+        self.records: list[Record] = []
+        if self._run.is_file():
+            self._check(identity)
+            self.records = _whole(read_records(self.path, mend=True), seeds) if self.path.is_file() else []
+        elif self.path.exists():
+            raise ResultError(f"{self.path}: expected {self._run.name} beside it; choose another workdir, or remove it")
+        if writes:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(self._run, [json.dumps(identity, indent=1) + "\n"])
+            write_records(self.path, self.records)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Appends records; they are on disk when this returns."""
+        self.records.extend(records)
+        if self._writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(_line(record) for record in records))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _check(self, identity: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads(self._run.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ResultError(f"{self._run}: expected JSON, but it does not parse ({error}); remove it") from None
+        differing = sorted(key for key in before.keys() | identity.keys() if before.get(key) != identity.get(key))
+        if differing:
+            shown = "; ".join(f"{k} was {_short(before.get(k))} and is {_short(identity.get(k))}" for k in differing)
+            raise ResultError(f"{self._run}: the records there are of another evaluation ({shown}); use a new workdir")
+
+
+def read_records(path: str | Path, *, mend: bool = False) -> list[Record]:
+    """The records of a file.
+
+    Args:
+      mend: a last line that was not written to its end is left out.
+
+    Raises:
+      ResultError: it is not there, or a line is no record; file and line are named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ResultError(f"{path}: expected the records that eval.py wrote, found no file") from None
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{path}: expected UTF-8 text ({error})") from None
+    lines = text.split("\n")
+    if mend or not lines[-1]:
+        lines.pop()
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Writes a file of records, in one go."""
+    write_whole(path, (_line(record) for record in records))
+
+
+def _line(record: Record) -> str:
+    # ASCII: a completion may hold halves of surrogate pairs and separators that some readers take for line ends.
+    return json.dumps(dataclasses.asdict(record)) + "\n"
+
+
+def _record(line: str, where: str) -> Record:
+    try:
+        return Record(**json.loads(line))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ResultError(f"{where}: expected a record of an evaluation ({error})") from None
+
+
+def _whole(records: Sequence[Record], seeds: Sequence[int]) -> list[Record]:
+    """The records of questions that have one for each seed."""
+    answered: dict[str, set[int]] = {}
+    for record in records:
+        answered.setdefault(record.index, set()).add(record.seed)
+    return [record for record in records if answered[record.index] == set(seeds)]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

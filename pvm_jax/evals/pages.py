@@ -1,0 +1,108 @@
+"""A report as one HTML page: `report_page.html` with the data of the report in it.
+
+What models write is hostile text. It reaches the page as JSON in ASCII without `<`, `>` and `&`, and the page shows it
+as text nodes only; its Content-Security-Policy forbids every request. Images come as JPEGs that were encoded here.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from PIL import Image
+
+from pvm_jax.data.images import DataError, open_image
+
+Images = Callable[[str, str], Sequence[Any]]
+Records = Mapping[tuple[str, int], Mapping[str, Any]]
+
+MARK = "REPORT_DATA"
+THUMBNAIL = 256
+"""Longer side of an image on the page, in pixels."""
+TEXT = 12_000
+"""Characters of a completion on the page; of a longer one the middle is left out."""
+OF_QUESTION = ("text", "answer", "options", "hint", "labels")
+OF_ANSWER = ("completion", "tokens", "finish_reason", "answer", "right", "error", "judge")
+
+
+def write_page(
+    parts: Sequence[Mapping[str, Any]], answers: Sequence[Sequence[Records]], images: Images | None, max_samples: int
+) -> str:
+    """The page.
+
+    Args:
+      parts: sections, as `report.as_json` gives them.
+      answers: of each section the records of each run.
+      images: (benchmark, index) -> the images of a question.
+      max_samples: so many questions of a benchmark, evenly spaced, are on the page with all their answers.
+    """
+    shown = [
+        {**part, "samples": _samples(part["benchmark"], runs, images, max_samples)}
+        for part, runs in zip(parts, answers)
+    ]
+    template = resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8")
+    before, after = template.split(MARK)
+    return before + _safe_json(shown) + after
+
+
+def _safe_json(value: Any) -> str:
+    """JSON that ends no script element, whatever is in it; lone surrogates stay escapes."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _samples(benchmark: str, runs: Sequence[Records], images: Images | None, max_samples: int) -> dict[str, Any]:
+    """{"asked", "questions": [...], "answers": [{"question": its place, "seed", "runs": [record or None]}]}."""
+    questions = {index: record for records in runs for (index, _), record in records.items()}
+    asked = list(dict.fromkeys(index for records in runs for index, _ in records))
+    count = min(len(asked), max(max_samples, 0))
+    chosen = {asked[i * len(asked) // count]: i for i in range(count)}
+    keys = dict.fromkeys(key for records in runs for key in records)
+    seeds = sorted({seed for _, seed in keys})
+    return {
+        "asked": len(asked),
+        "questions": [_question(benchmark, index, questions[index], images) for index in chosen],
+        "answers": [
+            {"question": place, "seed": seed, "runs": [_answer(records.get((index, seed))) for records in runs]}
+            for index, place in chosen.items()
+            for seed in seeds
+            if (index, seed) in keys
+        ],
+    }
+
+
+def _question(benchmark: str, index: str, record: Mapping[str, Any], images: Images | None) -> dict[str, Any]:
+    fields = {key: record["question"].get(key) for key in OF_QUESTION}
+    found = images(benchmark, index) if images else ()
+    return {"index": index, "prompt": shorten(record["prompt"]), **fields, "images": [thumbnail(i) for i in found]}
+
+
+def _answer(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if record is None:
+        return None
+    made = {key: record[key] for key in OF_ANSWER}
+    return made | {"completion": None if made["completion"] is None else shorten(made["completion"])}
+
+
+def shorten(text: str) -> str:
+    """At most about `TEXT` characters: two thirds of them from the beginning, and the end, where answers stand."""
+    if len(text) <= TEXT:
+        return text
+    head, tail = TEXT * 2 // 3, TEXT // 3
+    return f"{text[:head]}\n\n[... {len(text) - head - tail} characters are not on this page ...]\n\n{text[-tail:]}"
+
+
+def thumbnail(source: Any) -> dict[str, Any]:
+    """{"url", "width", "height"} with the size of the original, or {"error"} for what is no image."""
+    try:
+        image = open_image(source)
+    except DataError as error:
+        return {"error": str(error)}
+    width, height = image.size
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return {"url": url, "width": width, "height": height}

@@ -1,0 +1,207 @@
+"""A benchmark put to a model: every question once, the same records whatever the batches, devices and interruptions."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+from pvm_jax.checkpoint import load_model
+from pvm_jax.data.processor import Processor
+from pvm_jax.evals import asking, harness
+from pvm_jax.evals.ledger import read_records
+from pvm_jax.evals.plugins import Evaluation
+from pvm_jax.evals.results import ResultError
+from pvm_jax.sharding import make_mesh
+
+QUESTIONS = 11
+BROKEN, LONG = 4, 7
+RIGHT = (0, 3, 6)
+OPTIONS = {"benchmark": "file:own", "protocol": "plain", "rule": "exact", "max_new_tokens": 6, "rows": 4, "threads": 2,
+           "prompt_length": [32, 64], "patches": [16, 32]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Questions with none to two images of several sizes; one image is damaged, one prompt is too long."""
+    folder = tmp_path_factory.mktemp("questions")
+    rows = []
+    for i in range(QUESTIONS):
+        images = [f"{i}-{k}.png" for k in range(i % 3)]
+        for k, name in enumerate(images):
+            tiny.image(i + k, 32, 32 + 32 * (i % 2)).save(folder / name)
+        text = tiny.text(i, 80 if i == LONG else 3 + i)
+        rows.append(
+            {"index": f"q{i}", "question": text, "answer": "nothing", "images": images, "category": "ab"[i % 2]}
+        )
+    (folder / f"{BROKEN}-0.png").write_bytes(b"\x89PNG nothing behind it")
+    write(folder, rows)
+    return folder
+
+
+def write(folder, rows) -> None:
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def processor(small_checkpoint):
+    return Processor.from_pretrained(small_checkpoint, max_pixels=4096)
+
+
+@pytest.fixture(scope="module")
+def model(small_checkpoint):
+    return load_model(small_checkpoint, scan=True)
+
+
+@pytest.fixture(scope="module")
+def known(folder, model, processor):
+    """Records of one device, and from then on the right answers of some questions are what it says."""
+    records = ask(model, processor, folder)
+    lines = [json.loads(line) for line in (folder / "own.jsonl").read_text().splitlines()]
+    for place in RIGHT:
+        lines[place]["answer"] = records[place].completion
+    write(folder, lines)
+    return ask(model, processor, folder)
+
+
+def ask(model, processor, folder, mesh=None, **options) -> list:
+    given = OPTIONS | {"path": str(folder / "own.jsonl")} | options
+    prepared = harness.Prepared.of("own", processor, given)
+    return prepared.in_order([record for batch in prepared.answers(model, mesh) for record in batch])
+
+
+def evaluate(model, processor, folder, workdir, **options):
+    evaluation = Evaluation("own", model, processor, workdir, {"checksum": "abc", "dtype": "float32"})
+    return harness.run(evaluation, **OPTIONS | {"path": str(folder / "own.jsonl")} | options)
+
+
+def test_every_question_has_its_record(known, folder):
+    assert [record.index for record in known] == [f"q{i}" for i in range(QUESTIONS)]
+    assert [record.right for record in known] == [i in RIGHT for i in range(QUESTIONS)]
+    for i, record in enumerate(known):
+        if i in (BROKEN, LONG):
+            assert record.completion is record.answer is None and not record.tokens and record.error
+            continue
+        assert record.tokens == 6 and record.finish_reason == "length" and record.error is None
+        assert record.prompt.count("<image>") == i % 3 and record.question["labels"] == {"category": "ab"[i % 2]}
+        assert record.prompt_tokens > record.tokens and record.answer == " ".join(record.completion.split())
+    assert "4-0.png" in known[BROKEN].error or "q4" in known[BROKEN].error
+    assert "the prompt needs prompt_length of" in known[LONG].error and "the largest is 64" in known[LONG].error
+
+
+@pytest.mark.parametrize("rows, prompt_length", [(1, [64]), (3, [64]), (16, [32, 64])])
+def test_a_question_is_answered_the_same_in_any_batch(known, model, processor, folder, rows, prompt_length):
+    assert ask(model, processor, folder, rows=rows, prompt_length=prompt_length) == known
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_shards_do_not_change_a_record(known, small_checkpoint, processor, folder, devices):
+    import jax
+
+    mesh = make_mesh(fsdp=devices, devices=jax.devices()[:devices])
+    assert ask(load_model(small_checkpoint, scan=True, mesh=mesh), processor, folder, mesh) == known
+
+
+def test_seeds_draw_different_answers_that_batches_do_not_change(model, processor, folder):
+    settings = {"temperature": 1.0, "seeds": 3}
+    drawn = ask(model, processor, folder, rows=6, **settings)
+    assert [(r.index, r.seed) for r in drawn] == [(f"q{i}", seed) for i in range(QUESTIONS) for seed in range(3)]
+    whole = [record for record in drawn if record.completion is not None]
+    assert len({record.completion for record in whole}) > len(whole) / 2
+    assert ask(model, processor, folder, rows=12, **settings) == drawn
+    one = ask(model, processor, folder, rows=4, temperature=1.0, seeds=1)
+    assert one == [record for record in drawn if record.seed == 0]
+
+
+def test_summary_and_records_agree(known, model, processor, folder, tmp_path):
+    summary, records, text = evaluate(model, processor, folder, tmp_path)
+    assert records == [dataclasses.asdict(record) for record in known]
+    right = sum(record.right for record in known)
+    assert summary["score"] == summary["scores"]["accuracy"]["value"] == right / QUESTIONS == 3 / 11
+    assert summary["broken"]["right"] == 2 and summary["truncated"]["right"] == QUESTIONS - 2
+    assert f"{100 * right / QUESTIONS:.1f}" in text
+    task, data = summary["task"], summary["data"]
+    assert task["sampling"]["temperature"] == 0 and task["max_new_tokens"] == 6 and task["rule"] == "exact"
+    assert (task["protocol"], task["version"], task["max_pixels"]) == ("plain", 1, 4096)
+    assert data["questions"] == QUESTIONS and len(data["checksum"]) == 64
+
+
+def test_goes_on_where_it_was_interrupted(known, model, processor, folder, tmp_path, monkeypatch):
+    """Interrupted behind the first batch, and again in the middle of writing a record."""
+    asked = []
+
+    def counted(*args, **kwargs):
+        asked.append(0)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return complete(*args, **kwargs)
+
+    complete = asking.complete
+    monkeypatch.setattr(asking, "complete", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, processor, folder, tmp_path)
+    file = tmp_path / "own.jsonl"
+    before = read_records(file)
+    assert len(before) >= 4
+    file.write_bytes(file.read_bytes()[:-40])
+    _, records, _ = evaluate(model, processor, folder, tmp_path)
+    assert records == [dataclasses.asdict(record) for record in known]
+    count = len(asked)
+    evaluate(model, processor, folder, tmp_path)
+    assert len(asked) == count, "all was there"
+
+
+def test_an_evaluator_in_training_says_the_same(known, model, processor, folder):
+    given = OPTIONS | {"path": str(folder / "own.jsonl")}
+    found = harness.make_evaluator(processor, **given)(model)
+    assert found["accuracy"] == (3 / 11, 1.0)
+    assert found["truncated"] == (QUESTIONS - 2, QUESTIONS) and found["broken"] == (2, QUESTIONS)
+    assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)
+
+
+def test_what_cannot_be_used_is_one_sentence(processor, folder):
+    given = OPTIONS | {"path": str(folder / "own.jsonl")}
+    for change, message in (
+        ({"max_tokens": 3}, r"config\.evals\.own: unknown keys \['max_tokens'\]; expected some of \['benchmark', "),
+        ({"path": None}, r"config\.evals\.own\.path: expected a value; pass --config\.evals\.own\.path="),
+        ({"rows": 0}, r"config\.evals\.own\.rows: expected at least 1, got 0"),
+        ({"rule": "exactly"}, r"config\.evals\.own\.rule: expected one of .*'exact'.*, got 'exactly'"),
+    ):
+        with pytest.raises(ResultError, match=message):
+            harness.Prepared.of("own", processor, given | change)
+
+
+def test_killed_and_started_again_it_writes_the_same_file(known, small_checkpoint, folder, tmp_path):
+    """Real processes: kill -9 as soon as a batch of records is there."""
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from configs import digits_eval\n\n\ndef get_config():\n"
+        "    config = digits_eval.get_config().unlock()\n"
+        f"    options = {OPTIONS | {'path': str(folder / 'own.jsonl'), 'rows': 2}!r}\n"
+        "    config.evals = {'own': {'module': 'pvm_jax.evals.harness'} | options}\n"
+        "    config.processor.max_pixels = 4096\n"
+        "    return config.lock()\n"
+    )
+    workdir = tmp_path / "w"
+    argv = [sys.executable, "eval.py", f"--config={config}", f"--config.checkpoint={small_checkpoint}"]
+    records = workdir / "own.jsonl"
+    with subprocess.Popen([*argv, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not (records.is_file() and records.read_bytes().count(b"\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert not (workdir / "own.json").exists()
+    run = subprocess.run([*argv, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "answers are there already" in run.stdout
+    assert [dataclasses.asdict(r) for r in read_records(records)] == [dataclasses.asdict(r) for r in known]
+    result = json.loads((workdir / "own.json").read_text())
+    assert result["summary"]["score"] == 3 / 11 and result["versions"]["jax"]
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
