@@ -10,9 +10,9 @@ import hashlib
 import io
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from pvm_jax.data.images import DataError
 from pvm_jax.data.sources import JsonlRows, ParquetRows, RowGroups
 
 SUFFIXES = (".tsv", ".parquet", ".jsonl")
-SHORT = 64
-"""Characters of an image's cell that stay in memory: enough for a path or another row's index, too few for base64."""
 
 _IMAGE = re.compile(r"image|images|decoded_image|image_path|image_[0-9]+")
 _POINTER = b"version https://git-lfs"
@@ -44,7 +42,7 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def text(self, row: int) -> Mapping[str, Any]:
-        """The row without images; cells of images are there if they are `SHORT` strings."""
+        """The row without its images."""
         ...
 
     def images(self, row: int) -> Mapping[str, Any]:
@@ -125,7 +123,8 @@ class TsvTable:
                         continue
                     if len(cells) != len(self.columns):
                         self._widths[len(self._texts)] = len(cells)
-                    self._texts.append(self._short(cells))
+                    pairs = zip(self.columns, cells)
+                    self._texts.append({name: cell for name, cell in pairs if not is_image(name)})
                     starts.append(lines.position)
             except (csv.Error, UnicodeDecodeError) as error:
                 raise DataError(f"{path}: not a TSV in UTF-8, as its name says ({error})") from None
@@ -157,16 +156,12 @@ class TsvTable:
             "file is damaged or not complete"
         )
 
-    def _short(self, cells: Sequence[str]) -> dict[str, str]:
-        pairs = zip(self.columns, cells)
-        return {name: cell for name, cell in pairs if not is_image(name) or len(cell) <= SHORT}
-
 
 class _Lines:
     """The lines of a file as text, with the position behind the last one and the checksum of all read so far."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, lines: Iterable[bytes]):
+        self._bytes = iter(lines)
         self.position = 0
         self.digest = hashlib.sha256()
 
@@ -174,7 +169,7 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
-        line = next(self._file)
+        line = next(self._bytes)
         first = not self.position
         self.position += len(line)
         self.digest.update(line)
@@ -191,19 +186,10 @@ class ParquetTable:
         self.path = path
         self._rows = ParquetRows(path, groups)
         try:
-            schema = pq.read_schema(path)
-            texts = [name for name in schema.names if not is_image(name)]
-            short = [name for name in schema.names if is_image(name) and pa.types.is_string(schema.field(name).type)]
-            self._texts = pq.read_table(path, columns=texts).to_pylist()
-            for name in short:  # a column of base64 is read once, for the rows that only name another row
-                column = pq.read_table(path, columns=[name])[name]
-                for row, cell in enumerate(column):
-                    value = cell.as_py()
-                    if value is not None and len(value) <= SHORT:
-                        self._texts[row][name] = value
+            self.columns = tuple(pq.read_schema(path).names)
+            self._texts = pq.read_table(path, columns=[n for n in self.columns if not is_image(n)]).to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
-        self.columns = tuple(schema.names)
         self.checksum = _sha256(path)
 
     def __len__(self) -> int:
@@ -235,7 +221,7 @@ class JsonlTable:
             except DataError as error:
                 row, self._problems[index] = {}, str(error)
             columns |= dict.fromkeys(row)
-            self._texts.append({name: value for name, value in row.items() if not is_image(name) or _is_short(value)})
+            self._texts.append({name: value for name, value in row.items() if not is_image(name)})
         self.columns = tuple(columns)
         self.checksum = _sha256(path)
 
@@ -253,10 +239,6 @@ class JsonlTable:
 
     def problem(self, row: int) -> str | None:
         return self._problems.get(row)
-
-
-def _is_short(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= SHORT
 
 
 def _sha256(path: Path) -> str:

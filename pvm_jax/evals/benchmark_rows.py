@@ -42,6 +42,15 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sign:
+    """Something that most questions of a benchmark have, or few."""
+
+    name: str
+    pattern: re.Pattern[str]
+    wanted: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """How a benchmark is read.
 
@@ -49,7 +58,7 @@ class Kind:
       labels: name of the label -> columns that may hold it; the first that does counts.
       fields: columns that protocols need beside the question.
       needs_image: whether a row without an image has lost it.
-      chinese: what its questions must be in; None: not looked at.
+      sign: what tells it from benchmarks with the same columns.
       integers: whether an index is a number, as circular evaluation needs it.
       adapt: what is peculiar to it: (row, layout's name) -> row.
     """
@@ -58,7 +67,7 @@ class Kind:
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     fields: tuple[str, ...] = ()
     needs_image: bool = True
-    chinese: bool | None = None
+    sign: Sign | None = None
     integers: bool = False
     adapt: Callable[[Row, str], Row] = lambda row, layout: row
 
@@ -66,10 +75,18 @@ class Kind:
 def _mmmu(row: Row, layout: str) -> Row:
     """The subject stands in `validation_Art_Theory_3`; several right answers are a list."""
     subject = re.fullmatch(r"[a-z]+_(.+)_[0-9]+", str(row.get("id", "")))
-    answers = literal(row.get("answer"))
-    if isinstance(answers, list) and answers:
-        row = {**row, "answer": answers[0], "answers": json.dumps([_text(a) for a in answers], ensure_ascii=False)}
+    answer = row.get("answer")
+    if isinstance(answer, str) and answer.startswith("["):
+        row = _several({**row, "answer": literal(answer)}, layout)
     return row if subject is None else {**row, "subject": subject[1]}
+
+
+def _several(row: Row, layout: str) -> Row:
+    """A list of answers: any of them is right."""
+    answers = row.get("answer")
+    if not isinstance(answers, list) or not answers:
+        return row
+    return {**row, "answer": answers[0], "answers": json.dumps([_text(a) for a in answers], ensure_ascii=False)}
 
 
 def _mmstar(row: Row, layout: str) -> Row:
@@ -120,9 +137,11 @@ def _ai2d(row: Row, layout: str) -> Row:
 
 
 _MMBENCH = (
-    Layout("tsv", ("index", "question", "hint", "A", "B", "answer", "category", "l2-category", "image")),
-    Layout("parquet", ("index", "question", "hint", "A", "B", "answer", "category", "L2-category", "image")),
+    Layout("tsv", ("index", "question", "hint", "A", "B", "answer", "category", "l2-category", "image"), ("F",)),
+    Layout("parquet", ("index", "question", "hint", "A", "B", "answer", "category", "L2-category", "image"), ("F",)),
 )
+_CHINESE = Sign("Chinese characters", re.compile("[\u4e00-\u9fff]"))
+_TAGS = Sign("`<image 1>`", re.compile("<image [0-9]>"))
 _CATEGORIES = {"category": ("category",), "l2_category": _L2}
 _MMT = ("index", "question", "A", "B", "E", "answer", "category", "l2-category", "image")
 
@@ -138,10 +157,11 @@ KINDS: Mapping[str, Kind] = {
             "question_type": ("question_type",),
         },
         fields=("answers",),
+        sign=_TAGS,
         adapt=_mmmu,
     ),
-    "mmbench_en": Kind(_MMBENCH, _CATEGORIES, chinese=False, integers=True),
-    "mmbench_cn": Kind(_MMBENCH, _CATEGORIES, chinese=True, integers=True),
+    "mmbench_en": Kind(_MMBENCH, _CATEGORIES, sign=dataclasses.replace(_CHINESE, wanted=False), integers=True),
+    "mmbench_cn": Kind(_MMBENCH, _CATEGORIES, sign=_CHINESE, integers=True),
     "mmstar": Kind(
         layouts=(
             Layout("tsv", ("index", "question", "A", "B", "C", "D", "answer", "category", "l2_category", "image")),
@@ -151,7 +171,9 @@ KINDS: Mapping[str, Kind] = {
         fields=("options_in_text",),
         adapt=_mmstar,
     ),
-    "mmt": Kind((Layout("tsv", _MMT, absent=("hint",)), Layout("parquet", _MMT)), _CATEGORIES),
+    "mmt": Kind(
+        (Layout("tsv", _MMT), Layout("parquet", _MMT)), _CATEGORIES, sign=dataclasses.replace(_TAGS, wanted=False)
+    ),
     "mathverse": Kind(
         layouts=(
             Layout("tsv", ("index", "question", "question_for_eval", "answer", "problem_version", "image")),
@@ -171,7 +193,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "ai2d": Kind(
         layouts=(
-            Layout("tsv", ("index", "question", "A", "B", "answer", "image"), absent=("hint", *_L2)),
+            Layout("tsv", ("index", "question", "A", "B", "answer", "image"), absent=_L2),
             Layout("parquet", ("question", "options", "answer", "image"), absent=("decoded_image", "question_type")),
         ),
         adapt=_ai2d,
@@ -182,7 +204,9 @@ KINDS: Mapping[str, Kind] = {
 FILE = Kind(
     layouts=(Layout("file", ("question", "answer")),),
     labels={name: (name,) for name in ("category", "subject", "level", "difficulty", "split")} | {"l2_category": _L2},
+    fields=("answers",),
     needs_image=False,
+    adapt=_several,
 )
 """Any other file of the same shape."""
 

@@ -22,16 +22,15 @@ from typing import Any
 from pvm_jax.data.images import DataError
 from pvm_jax.data.media import Folder, MediaReader
 from pvm_jax.evals import benchmark_rows as rows
-from pvm_jax.evals.benchmark_files import SHORT, Table, is_image, open_tables
-from pvm_jax.evals.benchmark_rows import FILE, KINDS, Kind, Layout
+from pvm_jax.evals.benchmark_files import Table, is_image, open_tables
+from pvm_jax.evals.benchmark_rows import FILE, KINDS, Kind, Layout, Sign
 from pvm_jax.evals.questions import Question
 from pvm_jax.evals.results import ResultError
 
 FILE_PREFIX = "file:"
 
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*\s*")
-_HAN = re.compile("[\u4e00-\u9fff]")
-_LOOKED_AT = 200  # questions, to tell Chinese from English
+_PATH_LENGTH = 64  # characters of an image's cell that is a path; longer ones without a dot are base64
+_LOOKED_AT = 200  # questions, to tell benchmarks with the same columns from each other
 _IMAGE_COLUMNS = ("decoded_image", "images", "image", "image_path")  # the first that has something gives the images
 
 
@@ -98,15 +97,20 @@ class Benchmark(Sequence[Question]):
         number, row = self._rows[position]
         where = self._tables[number].where(row)
         cells, column = _cells(self._tables[number].images(row))
-        if len(cells) == 1 and isinstance(cells[0], str) and len(cells[0]) <= SHORT and cells[0] in self._places:
-            number, row = self._rows[self._places[cells[0]]]
+        if named := self._named(cells):
+            number, row = self._rows[self._places[named]]
             cells, column = _cells(self._tables[number].images(row))
-            if len(cells) == 1 and isinstance(cells[0], str) and cells[0] in self._places:
-                raise DataError(f"{where}, {column}: expected an image in row {cells[0]}, which names another row")
+            if self._named(cells):
+                raise DataError(f"{where}, {column}: expected an image in row {named}, which names another row")
         if needed and not cells:
             raise DataError(f"{where}: expected an image, and the row has none", "missing image")
         media = self._media[number]
         return [media.read("image", _encoded(cell), f"{where}, {column}[{i}]")["image"] for i, cell in enumerate(cells)]
+
+    def _named(self, cells: Sequence[Any]) -> str | None:
+        """The index of the row that has the images instead, if that is what the cell says."""
+        single = cells[0] if len(cells) == 1 else None
+        return single if isinstance(single, str) and single in self._places else None
 
 
 class _Images(Sequence[Any]):
@@ -150,8 +154,8 @@ def open_benchmark(name: str, files: str | Path | Sequence[str | Path], split: s
     if len(benchmark.broken) == len(benchmark):
         first = next(iter(benchmark.broken.values()))
         raise DataError(f"{name}: none of {len(benchmark)} rows can be used; the first: {first}")
-    if kind != "file" and KINDS[kind].chinese is not None:
-        _check_language(benchmark, KINDS[kind].chinese, tables[0].path)
+    if kind != "file":
+        _check_sign(benchmark, KINDS[kind].sign, tables[0].path)
     return benchmark
 
 
@@ -173,10 +177,8 @@ def _layout(name: str, layouts: Sequence[Layout], table: Table) -> Layout:
     of_suffix = [layout for layout in fitting if layout.name == table.path.suffix[1:]]
     if fitting:
         return (of_suffix or fitting)[0]
-    expected = "; or ".join(
-        ", ".join(layout.columns) + (f" without {', '.join(layout.absent)}" if layout.absent else "")
-        for layout in dict.fromkeys(layouts)
-    )
+    forms = [", ".join(one.columns) + (f" without {', '.join(one.absent)}" if one.absent else "") for one in layouts]
+    expected = "; or ".join(dict.fromkeys(forms))
     raise DataError(
         f"{table.path}: expected the columns of {name} ({expected}), found {', '.join(table.columns) or 'none'}"
     )
@@ -200,15 +202,16 @@ def _kept(tables: Sequence[Table], split: str | None) -> list[tuple[int, int]]:
     return kept
 
 
-def _check_language(benchmark: Benchmark, chinese: bool, path: Path) -> None:
-    """The two MMBench are alike but for this."""
+def _check_sign(benchmark: Benchmark, sign: Sign | None, path: Path) -> None:
+    """Benchmarks with the same columns are told apart by what their questions contain."""
     looked = [question for question in benchmark[:_LOOKED_AT] if question.index not in benchmark.broken]
-    count = sum(bool(_HAN.search(question.text + "".join(question.options.values()))) for question in looked)
-    if (count > len(looked) / 2) != chinese:
-        wanted = "Chinese" if chinese else "English"
+    if sign is None or not looked:
+        return
+    count = sum(bool(sign.pattern.search(question.text + "".join(question.options.values()))) for question in looked)
+    if (count > len(looked) / 2) != sign.wanted:
         raise DataError(
-            f"{path}: expected {wanted} questions ({benchmark.name}), and {count} of the first {len(looked)} are "
-            "written in Chinese"
+            f"{path}: expected {benchmark.name}, {'most' if sign.wanted else 'few'} of whose questions have "
+            f"{sign.name}; {count} of the first {len(looked)} have"
         )
 
 
@@ -227,8 +230,8 @@ def _cells(columns: Mapping[str, Any]) -> tuple[list[Any], str]:
 
 
 def _encoded(cell: Any) -> Any:
-    """Long text without a dot is base64, whatever it begins with; so a broken image is not taken for a path."""
-    if isinstance(cell, str) and len(cell) > SHORT and _BASE64.fullmatch(cell):
+    """Long text without a dot is base64, whatever is wrong with it; so a broken image is not taken for a path."""
+    if isinstance(cell, str) and len(cell) > _PATH_LENGTH and "." not in cell:
         return {"bytes": cell}
     return cell
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pvm_jax.data.images import DataError
 from pvm_jax.evals.benchmark_rows import mmstar_options
 from pvm_jax.evals.questions import Question
 
@@ -32,16 +33,30 @@ _PLACE = re.compile(r"(<image>|<image ?[0-9]+>)")
 
 @dataclasses.dataclass(frozen=True)
 class LmmsPrompt:
-    """A prompt of lmms-eval: its form for people, and the text of a question."""
+    """A prompt of lmms-eval.
+
+    Attributes:
+      template: its form, for people.
+      text: of a question.
+      mentioned: whether only images that the text mentions are shown, in order of their numbers.
+    """
 
     template: str
     text: Callable[[Question], str]
+    mentioned: bool = False
 
     def content(self, question: Question, images: Sequence[Any]) -> Content:
+        """The user's turn.
+
+        Raises:
+          DataError: the text mentions an image that the question does not have.
+        """
         text = self.text(question)
-        mentioned = sorted({int(number) for number in re.findall(r"<image ([0-9]+)>", text)})
-        if mentioned:  # only those are shown, in order of their numbers
-            images = [images[number - 1] for number in mentioned if 0 < number <= len(images)]
+        numbers = sorted({int(number) for number in re.findall(r"<image ([0-9]+)>", text)})
+        if self.mentioned and numbers:
+            if not 0 < numbers[0] <= numbers[-1] <= len(images):
+                raise DataError(f"index {question.index}: <image {numbers[-1]}> is named, and there are {len(images)}")
+            images = [images[number - 1] for number in numbers]
         return [*map(_image, images), _text(text.replace("<image>", ""))]
 
 
@@ -152,6 +167,7 @@ LMMS: Mapping[str, LmmsPrompt] = {
         "Question: {question}\nOptions:\n" + _OPTIONS + "\nAnswer with the option letter only.; of open questions the "
         "last line is: " + _MMMU_OPEN,
         _mmmu,
+        mentioned=True,
     ),
     "mmbench_en": LmmsPrompt(_MMBENCH + _LETTER, _mmbench(_LETTER)),
     "mmbench_cn": LmmsPrompt(_MMBENCH + _CHINESE_LETTER, _mmbench(_CHINESE_LETTER)),
