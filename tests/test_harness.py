@@ -12,9 +12,9 @@ import tiny
 
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.processor import Processor
-from pvm_jax.evals import asking, harness
+from pvm_jax.evals import asking, harness, rescore
 from pvm_jax.evals.plugins import Evaluation
-from pvm_jax.evals.results import ResultError, read_records
+from pvm_jax.evals.results import ResultError, read_records, write_results
 from pvm_jax.sharding import make_mesh
 
 QUESTIONS = 11
@@ -127,6 +127,26 @@ def test_summary_and_records_agree(known, model, processor, folder, tmp_path):
     assert task["sampling"]["temperature"] == 0 and task["max_new_tokens"] == 6 and task["rule"] == "exact"
     assert (task["protocol"], task["version"], task["max_pixels"]) == ("plain", 1, 4096)
     assert data["questions"] == QUESTIONS and len(data["checksum"]) == 64
+
+
+def test_scored_again_without_a_model(known, model, processor, folder, tmp_path):
+    summary, records, _ = evaluate(model, processor, folder, tmp_path / "a")
+    file = write_results(tmp_path / "a", "own", {"checksum": "abc"}, summary, records)
+    result, again, _ = rescore.rescore(file)
+    assert again == known and result["checksum"] == "abc"
+    assert {k: v for k, v in result["summary"].items() if k != "rescored_from"} == json.loads(json.dumps(summary))
+    # A rule that finds the answer among other words; and a verdict that was another one before.
+    records[0] |= {"completion": f"The answer is {known[0].completion}", "right": False}
+    records[1] |= {"right": True, "judge": "someone"}
+    write_results(tmp_path / "a", "own", {}, summary, records)
+    result, again, _ = rescore.rescore(file, rule="strict")
+    assert again[0].right and again[1].right, "a judge's verdict is kept"
+    assert result["summary"]["task"]["rule"] == "strict" and result["summary"]["rescored_from"]["rule"] == "exact"
+    before = {tuple(r[k] for k in ("benchmark", "index", "seed")): r["right"] for r in records}
+    assert rescore.changed(before, again).startswith("1 answers count as right that did not")
+    file.with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:-1]))
+    with pytest.raises(ResultError, match=r"own\.jsonl: expected records of 11 questions, .* found 10"):
+        rescore.rescore(file)
 
 
 def test_goes_on_where_it_was_interrupted(known, model, processor, folder, tmp_path, monkeypatch):

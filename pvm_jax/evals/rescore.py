@@ -24,7 +24,7 @@ def rescore(path: str | Path, rule: str | None = None) -> tuple[dict[str, Any], 
     """The result file with the summary of today's verdicts, the records with these, and the task that gave them.
 
     Args:
-      rule: of `extract.RULES`; None: the protocol's.
+      rule: of `extract.RULES`; None: the one that was used.
 
     Raises:
       ResultError: no result of a benchmark, or records that are not its own.
@@ -35,14 +35,12 @@ def rescore(path: str | Path, rule: str | None = None) -> tuple[dict[str, Any], 
     if "task" not in summary:
         raise ResultError(f"{path}: expected the result of a benchmark (pvm_jax.evals.harness)")
     task = protocols.task(summary["protocol"], summary["task"]["benchmark"])
-    changes = {"rule": rule} if rule else {}
-    task = dataclasses.replace(task, seeds=tuple(summary["task"]["seeds"]), **changes)
+    task = dataclasses.replace(task, seeds=tuple(summary["task"]["seeds"]), rule=rule or summary["task"]["rule"])
     records = read_records(path.with_suffix(".jsonl"))
-    if len({record.index for record in records}) != summary["data"]["questions"]:
-        raise ResultError(
-            f"{path.with_suffix('.jsonl')}: expected records of {summary['data']['questions']} questions, as {path.name} "
-            f"says, found {len({record.index for record in records})}"
-        )
+    found, questions = len({record.index for record in records}), summary["data"]["questions"]
+    if found != questions:
+        lines = path.with_suffix(".jsonl")
+        raise ResultError(f"{lines}: expected records of {questions} questions, as {path.name} says, found {found}")
     with closing(Grader()) as grader:
         records = [_judged_again(task, record, grader) for record in records]
     expected = {(summary["data"]["name"], record.index, seed) for record in records for seed in task.seeds}
@@ -72,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Scores the records of an evaluation again.")
     parser.add_argument("file", help="NAME.json of a benchmark that eval.py wrote; NAME.jsonl lies beside it")
     parser.add_argument("--out", required=True, help="folder of the new NAME.json and NAME.jsonl")
-    parser.add_argument("--rule", help="of pvm_jax.evals.extract; default: the protocol's")
+    parser.add_argument("--rule", help="of pvm_jax.evals.extract; default: the one that was used")
     options = parser.parse_args(args)
     path = Path(options.file)
     try:
