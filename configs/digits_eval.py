@@ -7,7 +7,10 @@ Launch, from the repository's root:
 
 Splits: answers of 7-64, 66-128, 140-256 and 490-505 tokens. What is measured: pvm_jax/evals/digits.py.
 
-Argument `smoke`: two samples a split.
+Arguments:
+    sampled  whole answers, drawn at temperature 1, twice each, and compared word for word by the harness of the
+             benchmarks; first python -m pvm_jax.data.prepare_digits runs/data --questions
+    smoke    two samples a split
 """
 
 from ml_collections import ConfigDict
@@ -15,8 +18,8 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config(argument: str = "") -> ConfigDict:
-    if argument not in ("", "smoke"):
-        raise ValueError(f"configs/digits_eval.py: expected no argument or smoke, got {argument!r}")
+    if argument not in ("", "sampled", "smoke"):
+        raise ValueError(f"configs/digits_eval.py: expected no argument, sampled or smoke, got {argument!r}")
     smoke = argument == "smoke"
     config = ConfigDict(
         {
@@ -38,4 +41,22 @@ def get_config(argument: str = "") -> ConfigDict:
             },
         }
     )
+    if argument == "sampled":
+        config.evals = {"sampled": sampled()}
     return config.lock()
+
+
+def sampled() -> dict:
+    return {
+        "module": "pvm_jax.evals.harness",
+        "benchmark": "file:digits",
+        "path": "runs/data/digits-questions.jsonl",
+        "protocol": "plain",
+        "rule": "exact",
+        "temperature": 1.0,
+        "seeds": 2,
+        "max_new_tokens": 512,
+        "rows": 64,
+        "prompt_length": (64,),
+        "patches": (144,),
+    }

@@ -12,10 +12,11 @@ Features of a row:
                characters of the answer: the digits read off the image; the words that take no loss)
 """
 
+import base64
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from pvm_jax.data.digits_task import Spec, make_example
+from pvm_jax.data.sources import TfdsRows
 
 SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
     "demo": {
@@ -45,6 +47,9 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "ends": (16000, Spec("train", 16, verbose=0.0, blank=True)),
     },
 }
+
+
+TESTS = ("test_64", "test_128", "test_256", "test_505")
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -77,6 +82,23 @@ class Digits(tfds.core.GeneratorBasedBuilder):
                 "metadata": json.dumps(example.metadata(), separators=(",", ":")),
             }
             yield i, row | ({"image": _png(example.image)} if self._has_images else {})
+
+
+def write_questions(directory: str | Path, file: str | Path, splits: Sequence[str] = TESTS) -> Path:
+    """Splits of `prepare`'s directory as a file of questions for `pvm_jax.evals.harness`: JSON lines, images in them.
+
+    The index of a question is its split and row, its category the split.
+    """
+    file = Path(file)
+    with file.open("w", encoding="utf-8") as lines:
+        for split in splits:
+            rows = TfdsRows(Path(directory), split)
+            for i in range(len(rows)):
+                row = rows.row(i)
+                image = base64.b64encode(row["image"]).decode()
+                texts = {name: row[name] for name in ("question", "answer")}
+                lines.write(json.dumps({"index": f"{split}/{i}", **texts, "category": split, "image": image}) + "\n")
+    return file
 
 
 def _png(gray: np.ndarray) -> bytes:

@@ -126,7 +126,8 @@ class GRPO:
             with watch("update"):  # of the step before, which is still running
                 jax.block_until_ready(nnx.state(model))
             rollout, metrics = self._draw_and_reward(number, drawn, prompts, model, watch)
-        batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows)
+        indifferent = settings.beta > 0 or settings.loss_type == "bnpo"
+        batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows, indifferent=indifferent)
         if settings.beta > 0:
             self._reference = self._reference or self._setup.reference()
             with watch("scoring"):

@@ -167,19 +167,24 @@ def decoding_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
     return x.dtype if re.search(NO_DECAY, name) else dtype
 
 
-def learning_batch(rollout: Rollout, shapes: Shapes, local_rows: Any) -> tuple[PolicyBatch, tuple[int, ...], int]:
+def learning_batch(
+    rollout: Rollout, shapes: Shapes, local_rows: Any, *, indifferent: bool = False
+) -> tuple[PolicyBatch, tuple[int, ...], int]:
     """Rows to learn from, without `old` and `reference`.
 
     Completions that teach nothing take no room; their share of the loss's divisor is kept.
 
     Args:
       local_rows: number of rows -> those that this process fills, see `Share.rows`.
+      indifferent: also completions with advantage 0, which teach something only where the loss has another term, or
+        a divisor that depends on who is in the same micro-batch.
 
     Returns:
       The batch, the completions in it, row by row, and how many tokens it has that are not padding.
     """
     lengths = rollout.completions.lengths
-    kept = [i for i in range(len(lengths)) if not rollout.masked[i]] or [0]
+    teaches = ~rollout.masked & (indifferent | (rollout.advantages != 0))
+    kept = np.flatnonzero(teaches).tolist() or [0]
     samples = {
         i: extend(rollout.prompts[i // rollout.group], rollout.completions.tokens[i, : lengths[i]]) for i in kept
     }
