@@ -20,6 +20,7 @@ Grade = Callable[[Sequence[str | None], Sequence[str]], Sequence[Any]]
 """`grading.Grader().grade`: answers, right ones -> (correct, reason) of each pair."""
 
 _SHORT = 80  # characters: a single line up to here is taken as the answer itself, if it claims nothing
+_HEAD, _TAIL = 1_000, 7_000
 _MARKUP = re.compile(r"\*\*|__|`|^#+ ")
 _CLAIM = re.compile(
     r"(?:\banswer(?: (?:to|for|of)\b[^.:\n]{0,80}?)?[\"']? ?"
@@ -47,7 +48,8 @@ _SCALE = re.compile(
     r"|[百千万亿分半至到或和]",
     re.IGNORECASE,
 )
-_NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_POWER = re.compile(r"^10 ?(?=\^)")
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _EQUATION = re.compile(r"([^=≈]{1,80})(?:=|≈|\\approx(?![a-z]))([^=≈]+)")
 
 
@@ -57,20 +59,26 @@ def find(text: str) -> str | None:
     In order: what follows the last "the answer is"; a short line by itself; what follows "is" or "=" in a last sentence
     with "so", "therefore", ...; what follows "=" in the last line.
     """
-    text = _MARKUP.sub("", text).strip()
+    text = _MARKUP.sub("", without_middle(text)).strip()
     if not text:
         return None
-    claims = [m for m in _CLAIM.finditer(text) if text[m.end() :].strip()]
+    claims = [m.end() for m in _CLAIM.finditer(text) if m.end() < len(text)]
     if claims:
-        return _clean(_sentence(text[claims[-1].end() :].lstrip()))
-    if len(text) <= _SHORT and "\n" not in text:
+        return _clean(_sentence(text[claims[-1] :].lstrip()))
+    short = len(text) <= _SHORT and "\n" not in text
+    if short and not re.search(r"[.!?。] ?\S", re.sub(r"(?<=[0-9])\.(?=[0-9])|\.\.", "", text)):
         return _clean(text)
     last = text[text.rfind("\n") + 1 :][-4 * MAX_CHARACTERS :].strip()
     sentences = [part for part in re.split(r"(?<=[.。!?]) |(?<=。)", last) if part.strip(" .。")]
     final = sentences[-1] if sentences else ""
     if (states := list(_IS.finditer(final))) and (_THEREFORE.search(final) or "=" in final or "≈" in final):
         return _clean(_sentence(final[states[-1].end() :]))
-    return None
+    return _clean(text) if short else None
+
+
+def without_middle(text: str) -> str:
+    """What a text begins with and what it comes to; all of a text of up to 8,000 characters."""
+    return text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]}\n\n{text[-_TAIL:]}"
 
 
 def accepts(gold: str, answer: str, grade: Grade | None = None) -> bool:
@@ -82,7 +90,7 @@ def accepts(gold: str, answer: str, grade: Grade | None = None) -> bool:
     """
     open_pairs = []
     for right in accepted(gold):
-        for given, wanted in _pairs(answer, right):
+        for given, wanted in _pairs(answer.replace("π", "\\pi "), right.replace("π", "\\pi ")):
             if len(given) > MAX_CHARACTERS or len(wanted) > MAX_CHARACTERS:
                 continue
             same = _same(given, wanted)
@@ -131,6 +139,8 @@ def _clean(text: str) -> str | None:
     text = text.strip().strip('*_`"“”').strip().rstrip(".。,，;；!").strip()
     while found := _HEDGE.match(text):
         text = text[found.end() :].strip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and "$" not in text[1:-1]:
+        text = text[1:-1].strip()
     return None if not text or len(text) > MAX_CHARACTERS or _DENIED.match(text) else text
 
 
@@ -138,6 +148,8 @@ def _pairs(answer: str, gold: str) -> list[tuple[str, str]]:
     """An answer and the right one, also without a "x =" that only one of them has."""
     pairs = [(answer, gold)]
     left, right = _EQUATION.fullmatch(answer), _EQUATION.fullmatch(gold)
+    if left and right and len(left[1].strip()) == len(right[1].strip()) == 1 and left[1].strip() != right[1].strip():
+        return []  # x = 2 for y = 2
     if left and not right:
         pairs.append((_HEDGE.sub("", left[2]).strip(" $"), gold))
     if right and not left and len(right[1].strip(" $")) == 1:
@@ -147,7 +159,7 @@ def _pairs(answer: str, gold: str) -> list[tuple[str, str]]:
 
 def _same(given: str, gold: str) -> bool | None:
     """Equal, different, or for algebra to say."""
-    given, gold = normalized(given), normalized(gold)
+    given, gold = (_POWER.sub(r"1*\g<0>", normalized(text)) for text in (given, gold))
     if (a := _words(given)) is not None and a == _words(gold):
         return True
     if gold.casefold() in ("yes", "no", "true", "false") and re.match(rf"{gold}\b", given, re.IGNORECASE):
@@ -166,8 +178,8 @@ def _words(text: str) -> str | None:
     words = text.split()
     if words[:1] in (["a"], ["an"], ["the"]) and len(words) > 1:
         words = words[1:]
-    if len(words) == 1 and words[0] in _NUMERALS:
-        return str(_NUMERALS.index(words[0]))
+    if len(words) == 1 and words[0] in NUMERALS:
+        return str(NUMERALS.index(words[0]))
     return " ".join(words) or None
 
 

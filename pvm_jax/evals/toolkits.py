@@ -181,7 +181,8 @@ def _mathvision_answer(text: str) -> str:
                 text = text[at + len(says) :].strip().split("\n")[0].split(". ")[0]
     text = text.rsplit("=", 1)[-1].rsplit("\\approx", 1)[-1]
     text = re.sub(r"\\(?:text|mbox|mathrm|mathbf)(?=\{)", "", text[: 4 * free_answers.MAX_CHARACTERS])
-    text = re.sub(r"[({]([A-Ea-e])[)}]", r"\1", text)
+    for brackets in (r"\(([A-Ea-e])\)", r"\{([A-Ea-e])\}"):
+        text = re.sub(brackets, r"\1", text)
     return text.strip().rstrip(".").lstrip(":").strip()
 
 
