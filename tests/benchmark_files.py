@@ -214,7 +214,7 @@ def mmstar_parquet() -> Rows:
     ]
 
 
-# ---- MMT-Bench: up to nine options, several images ------------------------------------------------------------------
+# ---- MMT-Bench: up to nine options, several images -----------------------------------------------------------------
 
 # question, options, answer, category, l2-category
 MMT = [
@@ -302,7 +302,7 @@ def mathverse_parquet() -> Rows:
     ]
 
 
-# ---- MathVision: options or none, LaTeX, a path beside the image ----------------------------------------------------
+# ---- MathVision: options or none, LaTeX, a path beside the image ---------------------------------------------------
 
 # question, options, answer, subject, level
 MATHVISION = [
@@ -329,7 +329,7 @@ def mathvision_parquet() -> Rows:
     ]
 
 
-# ---- AI2D: the hub's answer counts options from 0 -------------------------------------------------------------------
+# ---- AI2D: the hub's answer counts options from 0 ------------------------------------------------------------------
 
 # question, options, answer
 AI2D = [

@@ -31,7 +31,7 @@ def numbers(question):
     return [made.number_of(image) for image in question.images]
 
 
-# ---- Both layouts ------------------------------------------------------------------------------------------------
+# ---- Both layouts --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,7 +134,7 @@ def test_ai2d_answers_by_number(benchmarks):
     assert (sun.answer, sun.options["D"]) == ("D", "A")  # the letter, not the option that reads like one
 
 
-# ---- Splits, several files, checksums ----------------------------------------------------------------------------
+# ---- Splits, several files, checksums ------------------------------------------------------------------------------
 
 
 def test_split_by_column(files):
@@ -169,7 +169,7 @@ def test_rows_without_an_index_count_over_all_files(tmp_path):
     assert [q.index for q in benchmark] == [str(i) for i in range(20)] and numbers(benchmark[13]) == [13]
 
 
-# ---- Memory and threads ------------------------------------------------------------------------------------------
+# ---- Memory and threads --------------------------------------------------------------------------------------------
 
 
 def test_images_are_not_kept(tmp_path):
@@ -193,7 +193,7 @@ def test_threads_read_the_same(layout, benchmarks):
         assert list(pool.map(numbers, list(benchmark) * 4)) == [[i] for i in range(20)] * 4
 
 
-# ---- Files of users ----------------------------------------------------------------------------------------------
+# ---- Files of users ------------------------------------------------------------------------------------------------
 
 
 def test_user_jsonl(tmp_path):
@@ -239,7 +239,7 @@ def test_windows_line_ends_and_other_line_breaks(tmp_path):
     assert question.text == "a\u2028b\x85c?" and numbers(question) == [3]
 
 
-# ---- Wrong files -------------------------------------------------------------------------------------------------
+# ---- Wrong files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

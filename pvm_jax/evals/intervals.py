@@ -6,7 +6,7 @@ from typing import Any
 Z95 = 1.959964
 
 
-def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
+def wilson(right: int | float, count: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a share: never outside [0, 1], sensible at 0 and 1 (unlike the normal interval).
 
     With 8 of 10 right: (0.490, 0.943); with 10 of 10: (0.722, 1.0).
@@ -20,7 +20,7 @@ def wilson(right: int, count: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
-def share(right: int, count: int) -> dict[str, Any]:
-    """A share as it stands in result files; without observations its value is None."""
+def share(right: int | float, count: int) -> dict[str, Any]:
+    """A share as it stands in result files; without observations its value is None. `right` may be a sum of shares."""
     low, high = wilson(right, count)
     return {"right": right, "count": count, "value": right / count if count else None, "low": low, "high": high}
