@@ -75,7 +75,7 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def mesh_of(tree: Any) -> Mesh | None:
+def mesh_of(tree: Any) -> AnyMesh | None:
     """The mesh that the arrays of a pytree lie on; None if that is a single device."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

@@ -92,25 +92,39 @@ class Qwen3VL(nnx.Module):
         """Unembedding, fp32."""
         return _unembed(self._unembedding.astype(hidden.dtype), hidden)
 
-    def logits_in_loop(self) -> Callable[[Float[Array, "B ... D"]], Float[Array, "B ... V"]]:
-        """`logits`, for calls in a loop over columns.
+    def logits_in_loop(self, trains: bool = True) -> Callable[[Float[Array, "B ... D"]], Float[Array, "B ... V"]]:
+        """`logits`, for calls in a loop over columns; B divides over `data` and `fsdp`.
 
         Where the matrix is split over `fsdp` it is gathered here; left alone, the compiler gathers it in every call, or
         has each device compute a part of all devices' rows. It is gathered as [D,V], where the parts lie one after the
         other; as [V,D] they would have to be put in order, in a second whole matrix.
+
+        Args:
+          trains: the matrix is differentiated. What is gathered then has an axis [W,D,V] of the devices that rows are
+            split over: each adds up the gradient of its own rows over the whole loop, and the sum over devices is one
+            behind the loop, not one in every call.
         """
         weight = self._unembedding.astype(self.dtype)
-        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+        ways = 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if ways == 1 or (self.mesh.shape["fsdp"] == 1 and not trains):
             return functools.partial(_unembed, weight)
         vocab = RULES["vocab"]
         whole = self._put(weight.T, None, vocab)
+        if trains:
+            whole = self._put(jnp.broadcast_to(whole, (ways, *whole.shape)), BATCH_AXES, None, vocab)
 
         def logits(hidden: Array) -> Array:
             columns = (None,) * (hidden.ndim - 2)
             z = _unembed(self._put(whole, None, vocab).T, self._put(hidden, BATCH_AXES))
             return self._put(z, BATCH_AXES, *columns, vocab)
 
-        return logits
+        def logits_by_device(hidden: Array) -> Array:
+            rows = self._put(hidden.reshape(ways, -1, *hidden.shape[1:]), BATCH_AXES)
+            z = jnp.einsum("WDV,W...D->W...V", whole, rows, preferred_element_type=jnp.float32)
+            z = self._put(z, BATCH_AXES, *(None,) * (z.ndim - 2), vocab)
+            return z.reshape(*hidden.shape[:-1], -1)
+
+        return logits_by_device if trains else logits
 
     def _put(self, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))

@@ -138,7 +138,7 @@ class PolicyObjective:
     def _scores(self, model: nnx.Module, batch: PolicyBatch, entropy: bool = False) -> TokenScores:
         tokens, weights = batch.batch.tokens, batch.batch.loss_weights
         return token_scores(
-            model.logits_in_loop(),
+            model.logits_in_loop(self.head_trains),
             model(batch.batch),
             next_token(tokens),
             next_token(weights) > 0,

@@ -133,7 +133,7 @@ def draw(
     patches = min(p for p in shapes.patches if p >= max(len(e.patches) for e in prompts))
     seeds = np.random.SeedSequence(tuple(key)).generate_state(len(prompts) * group, np.uint32)
     return complete(
-        _for_decoding(model),
+        for_decoding(model),
         collate([[p] for p in prompts], length=length, patches=patches),
         Sampling(temperature=temperature),
         max_new_tokens=max_new_tokens,
@@ -145,7 +145,7 @@ def draw(
     )
 
 
-def _for_decoding(model: nnx.Module) -> nnx.Module:
+def for_decoding(model: nnx.Module) -> nnx.Module:
     """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs."""
     graphdef, params = nnx.split(model)
     if model.dtype == np.float32:

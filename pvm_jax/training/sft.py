@@ -77,7 +77,7 @@ class SFT:
 
     def loss_fn(self, model: nnx.Module, batch: Any) -> Loss:
         return cross_entropy(
-            model.logits_in_loop(),
+            model.logits_in_loop(self._head_trains),
             model(batch),
             batch.tokens,
             batch.loss_weights,

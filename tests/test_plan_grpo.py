@@ -1,0 +1,219 @@
+"""Plans of GRPO: bytes by hand, lowering for TPU and CUDA, and that what is planned is what a run compiles."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import grpo_stages
+import jax
+import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractMesh
+
+import configs.grpo
+from pvm_jax import decoding
+from pvm_jax.checkpoint import open_checkpoint
+from pvm_jax.plan import Plan, chosen
+from pvm_jax.planning import estimate, topology
+from pvm_jax.planning.programs import programs
+from pvm_jax.planning.recipe import Recipe, model_config
+from pvm_jax.planning.topology import PlanError
+from pvm_jax.sharding import MESH_AXES, make_mesh
+from pvm_jax.training.rollout import for_decoding
+from pvm_jax.training.setup import Blueprint, ModelOptions
+from pvm_jax.training.step import put_batch
+
+NEW_TOKENS = 70  # beyond the cache's first room
+
+
+def of_size(size: str, mesh: tuple[int, int, int], platform: str = "tpu", **changes) -> dict:
+    """The programs of a shipped configuration by the last word of their names."""
+    config = configs.grpo.get_config(size).to_dict()
+    for key, value in changes.items():
+        (config if key in config else config["stage"])[key] = value
+    return named(Recipe(config, model_config(config), AbstractMesh(mesh, MESH_AXES), platform))
+
+
+def named(recipe: Recipe) -> dict:
+    return {step.name.split()[-1]: step for step in programs(recipe)}
+
+
+# ---- Bytes -------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_8b_on_8_devices_by_hand():
+    found = of_size("8b", (1, 8, 1), micro_batches=8)
+    assert list(found) == ["prefill", "growth", "decode", "update"]
+    assert found["decode"].describe() == "64 rows, a cache of 18,432 tokens"
+    assert found["update"].describe() == "64 rows of 18,432 tokens and 8,192 patches, 8 micro-batches"
+    least = {name: estimate.unavoidable(step) for name, step in found.items()}
+    # Of 64 rows 8 on each device; 36 layers with keys and values of 8 heads of 128 in bf16; PVM's memory beside them.
+    token = 36 * 2 * 8 * 128 * 2
+    memory = 3 * 2 * 8 * 2048 * 128 * 2
+    assert least["decode"].cache == pytest.approx(8 * 18_432 * token + memory, rel=0.001)
+    assert least["growth"].cache == pytest.approx(8 * (10_240 + 18_432) * token + 2 * memory, rel=0.001)
+    assert least["prefill"].cache == pytest.approx((8 + 1) * 2112 * token + memory * 9 / 8, rel=0.001)
+    # fp32 and two moments of all but the tower, another copy in bf16 while completions are drawn, the tower in bf16.
+    step = found["update"]
+    tower = sum(x.size for x in step.frozen.values()) / 8
+    policy = sum(x.size for x in step.state.trainable.values()) / 8
+    assert policy == pytest.approx(8.19e9 / 8, rel=0.01)
+    assert all(name.startswith("visual/") for name in step.frozen)
+    # PVM's small matrices and vectors lie whole on every device: 3 %.
+    assert least["decode"].weights == pytest.approx(6 * policy + 2 * tower, rel=0.04)
+    assert least["decode"].optimizer == pytest.approx(8 * policy, rel=0.04)
+    assert least["update"].weights == pytest.approx(4 * policy + 2 * tower, rel=0.04)
+    assert least["update"].optimizer == pytest.approx(12 * policy, rel=0.04)
+    assert least["update"].layer_inputs == 2 * 18_432 * 4096 * (36 + 1)
+    for name in ("prefill", "growth", "decode"):
+        assert (least[name].weights, least[name].optimizer) == (least["decode"].weights, least["decode"].optimizer)
+
+
+def test_rows_that_do_not_divide_lie_whole():
+    """Eight prompts on 64 devices: each has all of them; of 64 completions each has one."""
+    found = of_size("8b", (1, 64, 1))
+    token = 36 * 2 * 8 * 128 * 2
+    assert estimate.unavoidable(found["prefill"]).cache == pytest.approx((8 + 1) * 2112 * token, rel=0.02)
+    assert estimate.unavoidable(found["decode"]).cache == pytest.approx(18_432 * token, rel=0.01)
+    assert found["prefill"].tokens == 8 * 2048
+
+
+def test_a_reference_model_and_scores_of_the_old_one():
+    """Another model in fp32 beside everything; a pass that scores."""
+    plain, found = (of_size("2b", (1, 8, 1), **more) for more in ({}, {"beta": 0.1, "iterations": 2}))
+    assert list(found) == ["prefill", "growth", "decode", "scoring", "update"]
+    whole = sum(
+        estimate.on_device([*arrays.values()]) for arrays in (plain["update"].state.trainable, plain["update"].frozen)
+    )
+    for name, step in plain.items():
+        assert found[name].resident.total == step.resident.total + whole
+    assert found["update"].batch.reference is not None and found["update"].batch.old is not None
+    assert estimate.unavoidable(found["scoring"]).weights == 2 * whole
+
+
+def test_what_lies_beside_a_program_must_fit_with_it():
+    step = of_size("2b", (1, 8, 1))["decode"]
+    where = topology.parse("h100:8")
+    plan = Plan(where, step, where.memory - step.resident.total, 0, {}, 0.0, 0.0, 0.0, 0.0)
+    assert plan.fits and f"{step.resident.total / 2**30:.2f} GiB of it beside the program" in plan.table()
+    assert not dataclasses.replace(plan, peak=plan.peak + 1).fits
+
+
+def test_one_program():
+    found = [*of_size("2b", (1, 8, 1)).values()]
+    assert chosen(found, "decode") == [found[2]]
+    with pytest.raises(PlanError, match=r"--program=sampling: expected the last word of one of \['GRPO prefill', "):
+        chosen(found, "sampling")
+
+
+# ---- Lowering ----------------------------------------------------------------------------------------------------
+
+
+def test_8b_lowers_for_256_tpus():
+    found = of_size("8b", (1, 64, 4))
+    update, decode = (found[name].trace().lower(lowering_platforms=("tpu",)).as_text() for name in ("update", "decode"))
+    assert "tpu_custom_call" in update, "splash attention"
+    assert not re.search(r"18432x18432", update), "no matrix of scores or booleans"
+    assert not re.search(r"18432x151936|151936x18432", update), "no logits of a whole row"
+    donated = r"tensor<(?:\d+x)?64x8x18432x128xbf16> \{[^%]*?(?:tf.aliasing_output|jax.buffer_donor)"
+    groups = len(found["decode"].recipe.model.layer_groups(True))
+    assert len(re.findall(donated, decode)) == 2 * groups > 2, "keys and values of every group are updated in place"
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_small_run_lowers(small_checkpoint, monkeypatch, platform):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91002)
+    recipe = small(small_checkpoint, make_mesh(1, 4, 2), platform, length=256, patches=128)
+    recipe.config["stage"] |= {"iterations": 2}
+    found = named(recipe)
+    assert list(found) == ["prefill", "growth", "decode", "scoring", "update"]
+    text = {name: step.trace().lower(lowering_platforms=(platform,)).as_text() for name, step in found.items()}
+    kernel = {"tpu": "tpu_custom_call", "cuda": "__cudnn$fmha"}[platform]
+    assert all(kernel in text[name] for name in ("scoring", "update"))
+
+
+def small(checkpoint: Path, mesh, platform: str, length: int, patches: int) -> Recipe:
+    config = configs.grpo.get_config("4b").to_dict()
+    config["model"] |= {"path": str(checkpoint), "size": None}
+    config["stage"] |= {"prompts": 3, "completions": 4, "max_new_tokens": NEW_TOKENS}
+    config["data"] |= {"prompt_length": (112,), "length": (length,), "patches": (patches,)}
+    return Recipe(config, model_config(config), mesh, platform)
+
+
+# ---- What is planned is what runs --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compared(small_checkpoint, tmp_path_factory) -> dict:
+    """Of each program the lowered text, planned and with the arguments of a rollout on four devices."""
+    mesh = make_mesh(1, 2, 2)
+    recipe = small(small_checkpoint, mesh, "cpu", length=182, patches=96)
+    planned = named(recipe)
+    stage = grpo_stages.make(
+        small_checkpoint,
+        grpo_stages.write_prompts(tmp_path_factory.mktemp("prompts")),
+        mesh=mesh,
+        max_new_tokens=NEW_TOKENS,
+        data={"length": (182,), "pack": False},
+    )
+    options = ModelOptions(str(small_checkpoint), dtype="bfloat16", remat=True)
+    source = open_checkpoint(small_checkpoint)
+    blueprint = Blueprint(source.config, options, stage, recipe.config["freeze"], mesh)
+    trainable, frozen = (
+        blueprint.parameters(source, 0, names) for names in (blueprint.partition.trainable, blueprint.partition.frozen)
+    )
+    ran = {}
+
+    def recorded(name: str):
+        function = getattr(decoding, name)
+
+        def call(*args, **options):
+            ran[name] = function.trace(*args, **options).lower().as_text()
+            return function(*args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("prefill", "grow", "decode"):
+            patch.setattr(decoding, name, recorded(name))
+        info = stage.next_batch(0, lambda: blueprint.partition.merge(trainable, frozen))
+    return {
+        "planned": planned,
+        "ran": ran,
+        "batch": put_batch(info.batch, mesh, 1),
+        "beside": [(x, cast) for x, cast in zip(*map(jax.tree.leaves, _models(blueprint, trainable, frozen)))],
+    }
+
+
+def _models(blueprint: Blueprint, trainable: dict, frozen: dict) -> tuple:
+    model = blueprint.partition.merge(trainable, frozen)
+    return nnx.split(model)[1], nnx.split(for_decoding(model))[1]
+
+
+@pytest.mark.parametrize(("program", "function"), [("prefill", "prefill"), ("growth", "grow"), ("decode", "decode")])
+def test_planned_programs_of_a_rollout_are_those_that_run(compared, program, function):
+    """The same text: shapes, dtypes, shardings, donated arguments, computation."""
+    assert compared["planned"][program].trace().lower().as_text() == compared["ran"][function]
+
+
+def test_the_planned_update_has_the_arguments_that_arrive(compared):
+    planned, batch = compared["planned"]["update"].batch, compared["batch"]
+    assert jax.tree.structure(planned) == jax.tree.structure(batch)
+    for want, x in zip(jax.tree.leaves(planned), jax.tree.leaves(batch), strict=True):
+        assert (want.shape, want.dtype) == (x.shape, x.dtype)
+        assert want.sharding.is_equivalent_to(x.sharding, x.ndim)
+
+
+def test_what_is_not_copied_for_a_rollout_lies_there_once(compared):
+    """Vectors and the tower are the trained model's own arrays; matrices are the copies that `resident` counts."""
+    pairs = compared["beside"]
+    own = [x for x, drawn in pairs if x.dtype == drawn.dtype]
+    assert all(
+        x.addressable_shards[0].data.unsafe_buffer_pointer() == drawn.addressable_shards[0].data.unsafe_buffer_pointer()
+        for x, drawn in pairs
+        if x.dtype == drawn.dtype
+    )
+    assert own and len(own) < len(pairs)
+    copied = estimate.on_device([x for x, drawn in pairs if x.dtype != drawn.dtype])
+    assert compared["planned"]["decode"].resident.weights == copied
