@@ -20,6 +20,7 @@ What a resumed run needs of an unfinished rollout (`iterations` above 1) is in `
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +41,7 @@ from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.freeze import trains
 from pvm_jax.training.losses import TokenScores, next_token, token_scores
 from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, advantages, policy_loss, token_weights
-from pvm_jax.training.rewards import Rewards, Scores
+from pvm_jax.training.rewards import Rewards
 from pvm_jax.training.rollout import Rollout, Shapes
 from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, TrainingError
 from pvm_jax.training.step import micro_batch, put_batch
@@ -66,7 +67,7 @@ class Settings:
     """
 
     rewards: Sequence[tuple[str, float]]
-    max_new_tokens: int
+    max_new_tokens: int | None
     prompts: int = 8
     completions: int = 8
     temperature: float = 1.0
@@ -85,19 +86,22 @@ class Settings:
     def __post_init__(self):
         least = {"prompts": 1, "completions": 2, "max_new_tokens": 1, "iterations": 1, "chunk": 1, "samples": 0}
         for key, value in least.items():
-            if getattr(self, key) < value:
-                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {getattr(self, key)}")
+            given = getattr(self, key)
+            if given is None or given < value:
+                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {given}")
         for key, known in (("loss_type", LOSS_TYPES), ("scale", SCALES)):
             if getattr(self, key) not in known:
                 raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nor NaN, here and below
             raise TrainingError(
                 f"config.stage.temperature: expected a number above 0, got {self.temperature}; greedy completions of "
                 "a prompt are all the same and teach nothing"
             )
-        if self.beta < 0 or self.epsilon <= 0:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if not (self.beta >= 0 and self.epsilon > 0 and high > 0):
             raise TrainingError(
-                f"config.stage: expected epsilon above 0 and beta of at least 0, got {self.epsilon} and {self.beta}"
+                "config.stage: expected epsilon and epsilon_high above 0 and beta of at least 0, got "
+                f"{self.epsilon}, {self.epsilon_high} and {self.beta}"
             )
 
 
@@ -128,6 +132,11 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
         multiple=setup.row_multiple,
         pack=data["pack"],
     )
+    if settings.max_new_tokens >= max(shapes.lengths):
+        raise TrainingError(
+            f"config.stage.max_new_tokens: expected less than the largest config.data.length, {max(shapes.lengths)}, "
+            f"got {settings.max_new_tokens}: a row to learn from holds a prompt and its completion"
+        )
     head = "text/embed_tokens" if setup.model_config.tie_word_embeddings else "lm_head"
     rewards = Rewards(settings.rewards, settings.reward_errors)
     return GRPO(setup, settings, shapes, prompts, rewards, head_trains=trains(head, setup.freeze))
@@ -291,12 +300,12 @@ class GRPO:
 
     def _reward(self, number: int, drawn: Sequence[Prompt], made: Any) -> tuple[np.ndarray, dict[str, Fraction]]:
         """Process 0 asks the reward functions, and tells the others: a time limit may strike in one of them alone."""
-        settings, share = self._settings, self._setup.share
+        settings, setup = self._settings, self._setup
         answer = ""
-        if share.index == 0:
+        if setup.share.index == 0:
             tokens = [made.tokens[i, :n].tolist() for i, n in enumerate(made.lengths)]
             ends = [t[:-1] if stopped else t for t, stopped in zip(tokens, made.stopped, strict=True)]
-            texts = [self._setup.processor.decode(t) for t in ends]
+            texts = [setup.processor.decode(t) for t in ends]
             prompts = [prompt for prompt in drawn for _ in range(settings.completions)]
             scores = self._rewards(
                 texts,
@@ -306,36 +315,14 @@ class GRPO:
                 completion_ids=tokens,
                 step=number * settings.iterations,
             )
-            self._write_samples(number, prompts, texts, scores, made)
+            if settings.samples and setup.workdir is not None:
+                path = setup.workdir / "completions" / f"{number:08d}.jsonl"
+                rollouts.write_samples(path, settings.samples, [prompt.id for prompt in prompts], texts, scores, made)
             metrics = {name: [float(s), float(n)] for name, (s, n) in scores.metrics.items()}
             answer = json.dumps([scores.total.tolist(), metrics])
-        told = share.exchange(number, answer, lambda: False)[0]
+        told = setup.share.exchange(number, answer, lambda: False)[0]
         total, metrics = json.loads(told)
         return np.asarray(total, np.float32), {name: tuple(pair) for name, pair in metrics.items()}
-
-    def _write_samples(self, number: int, prompts: Sequence[Prompt], texts: list[str], scores: Scores, made: Any):
-        """The first completions of a rollout, one JSON object a line, in a file of the rollout's own."""
-        if not self._settings.samples or self._setup.workdir is None:
-            return
-        path = self._setup.workdir / "completions" / f"{number:08d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i in range(min(self._settings.samples, len(texts))):
-            line = {
-                "id": prompts[i].id,
-                "completion": texts[i],
-                "tokens": int(made.lengths[i]),
-                "stopped": bool(made.stopped[i]),
-                "reward": float(scores.total[i]),
-                "rewards": {n: None if np.isnan(v[i]) else float(v[i]) for n, v in scores.by_function.items()},
-            }
-            lines.append(
-                line | {name: values[i] for name, values in scores.extras.items() if len(values) == len(texts)}
-            )
-        partial = path.with_suffix(".partial")
-        # Completions may hold halves of surrogate pairs; JSON escapes them.
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
 
     # ---- Passes that are not differentiated ----------------------------------------------------------------------
 
@@ -385,13 +372,13 @@ class GRPO:
         return (self._setup.workdir or Path()) / "rollouts" / f"{number:08d}.npz"
 
     def _forget(self, number: int) -> None:
-        """Removes the rollouts that no checkpoint lies within."""
+        """Removes the rollouts that no checkpoint lies within, also none that is being written or about to be."""
         steps = self._settings.iterations
         checkpoints = (self._setup.workdir or Path()) / "checkpoints"
-        saved = (
-            [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-        )
-        needed = {number} | {step // steps for step in saved if step % steps}
+        # Orbax writes to STEP.orbax-checkpoint-tmp, which may not be there yet: that step is of the rollout before.
+        names = (path.name.partition(".")[0] for path in checkpoints.glob("*"))
+        saved = [int(name) for name in names if name.isdigit()]
+        needed = {number, number - 1} | {step // steps for step in saved if step % steps}
         for path in self._file(number).parent.glob("*.npz"):
             if int(path.stem) not in needed:
                 path.unlink()
