@@ -8,3 +8,8 @@ def even(completions, completion_ids, **columns):
 
 def same(completions, **columns):
     return [0.5] * len(completions)
+
+
+def broken(completions, id, **columns):
+    """Not a number for one prompt in three."""
+    return [float("nan") if name == max(id) else 1.0 for name in id]

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import grpo_stages
@@ -12,14 +14,20 @@ import pytest
 import training_runs
 from flax import nnx
 from grpo_stages import LIMIT, make
+from test_multihost import Pair
 from training_runs import Setting, without_speeds
 
 from pvm_jax.checkpoint import load_model
+from pvm_jax.decoding import Completions
 from pvm_jax.distributed import PREEMPTED
+from pvm_jax.models import Qwen3VL
 from pvm_jax.training import grpo
 from pvm_jax.training import rollout as rollouts
+from pvm_jax.training.checkpoints import complete_steps
 from pvm_jax.training.metrics import read_metrics
-from pvm_jax.training.stage import TrainingError
+from pvm_jax.training.report import Reporter
+from pvm_jax.training.rewards import Scores
+from pvm_jax.training.stage import StageBatch, TrainingError
 
 REWARDS = "--config.stage.rewards=(('grpo_rewards:even',1.0),)"
 
@@ -139,8 +147,9 @@ def test_metrics_and_samples(finished, small_checkpoint):
     first = both | {"reward", "reward/even", "reward_errors/even", "truncated", "completion_tokens",
                     "groups_without_variance", "reward_deviation"}  # fmt: skip
     assert first <= set(lines[0]) and both <= set(lines[1]) and "reward" not in lines[1]
-    assert lines[0]["sampler_gap"] < 1e-4 and lines[2]["sampler_gap"] < 1e-4
-    np.testing.assert_allclose([lines[0]["ratio_max"], lines[0]["ratio_min"]], 1, atol=1e-4)  # before any update
+    assert all(line["sampler_gap"] < 1e-4 for line in lines)  # also where the policy has moved on since
+    for line in lines[::2]:  # each rollout's first
+        np.testing.assert_allclose([line["ratio_max"], line["ratio_min"]], 1, atol=1e-4)
     assert abs(lines[1]["ratio_max"] - 1) > 1e-3 and 0 < lines[0]["reward"] < 1
     assert "gate/1" in lines[0]
     samples = [json.loads(line) for line in (finished / "completions" / "00000001.jsonl").read_text().splitlines()]
@@ -186,20 +195,58 @@ def test_drawing_completions_is_no_waiting_for_data(finished):
         assert line["waiting_for_data"] < sum(share for name, share in line.items() if name.startswith("time/"))
 
 
+def test_killed_in_rollout_grading_and_update_it_goes_on_with_the_same_numbers(finished, setting, tmp_path):
+    """kill -9 three times in the second rollout; the last time a checkpoint lies within it, so that its file is needed.
+
+    The grading child does not outlive the run.
+    """
+    workdir = tmp_path / "w"
+    flags = ("--config.stage.iterations=2", "--config.checkpoint.every=1")
+    env = os.environ | {"PYTHONPATH": f"{training_runs.ROOT / 'tests'}:{training_runs.ROOT}"}
+    for place in (("decode", "2", "2"), ("reward", "1", "2"), ("update", "2", "3")):
+        argv = [sys.executable, "tests/dying_train.py", *place, *setting.flags, *flags, f"--workdir={workdir}"]
+        done = subprocess.run(argv, cwd=training_runs.ROOT, env=env, timeout=900, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3]
+    assert max(complete_steps(workdir / "checkpoints")) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        # The policy is no longer what drew the second rollout: only its file has it.
+        patch.setattr(grpo.rollouts, "draw", lambda *_, **__: pytest.fail("drawn again"))
+        assert training_runs.run(patch, setting, workdir, *flags) == 0
+    assert without_speeds(workdir) == without_speeds(finished)
+    child = Path(f"/proc/{(workdir / 'child').read_text()}/stat")
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
 def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, model, tmp_path):
     stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
     with pytest.raises(TrainingError, match=r"00000001.npz: expected the completions that step 3 began with, found"):
         stage.next_batch(3, lambda: model)
 
 
+def test_damaged_rollout_is_one_sentence(finished, small_checkpoint, prompts, model, tmp_path):
+    whole = (finished / "rollouts" / "00000001.npz").read_bytes()
+    stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
+    kept = rollouts.file(tmp_path, 1)
+    kept.parent.mkdir()
+    middle = len(whole) // 2
+    for content in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
+        kept.write_bytes(content)
+        with pytest.raises(
+            TrainingError, match=r"00000001.npz: expected the completions of rollout 1, and the file is"
+        ):
+            stage.next_batch(3, lambda: model)
+
+
 def test_rollouts_that_checkpoints_lie_within_are_kept(tmp_path):
-    """Two steps a rollout: step 3 lies within rollout 1, step 4 between 1 and 2."""
-    for folder in ("checkpoints/3", "checkpoints/4", "rollouts"):
+    """Two steps a rollout: step 3 lies within rollout 1, step 4 between 1 and 2, step 7 within 3."""
+    for folder in ("checkpoints/3", "checkpoints/4", "checkpoints/7.orbax-checkpoint-tmp", "rollouts"):
         (tmp_path / folder).mkdir(parents=True)
-    for number in range(4):
+    for number in range(7):
         rollouts.file(tmp_path, number).touch()
-    rollouts.forget(tmp_path, 2, 3)
-    assert sorted(int(path.stem) for path in (tmp_path / "rollouts").iterdir()) == [1, 3]
+    rollouts.forget(tmp_path, 2, 6)
+    # 3: the step's checkpoint is being written. 5: that of its first step may be about to be.
+    assert sorted(int(path.stem) for path in (tmp_path / "rollouts").iterdir()) == [1, 3, 5, 6]
 
 
 def test_random_key_of_a_rollout_has_its_number(small_checkpoint, prompts, model, monkeypatch):
@@ -229,14 +276,29 @@ def test_reference_model(setting, tmp_path, monkeypatch):
 
 
 def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
-    """Four devices, two micro-batches: losses, rewards and gradient norms of one device (fp32, 1e-4)."""
-    flags = ("--config.steps=2", "--config.data.pack=False", "--config.stage.prompts=4")
+    """Four devices, two micro-batches: losses, rewards and gradient norms of one device (fp32, 1e-4).
+
+    Then the four devices in two processes, which agree on rewards, denominators, old and reference log-probabilities:
+    the numbers of one process (1e-5), and the same sample completions, which the first process writes.
+    """
+    flags = ("--config.data.pack=False", "--config.stage.prompts=4", "--config.steps=3", "--config.stage.iterations=2",
+             "--config.stage.beta=0.1", "--config.optimizer.learning_rate=0.001")  # fmt: skip
     training_runs.run(monkeypatch, setting, tmp_path / "one", *flags)
     more = ("--config.micro_batches=2", "--config.mesh.data=2", "--config.mesh.tensor=1")
     training_runs.run(monkeypatch, setting, tmp_path / "four", *flags, *more, devices=4)
-    one, four = (read_metrics(tmp_path / name) for name in ("one", "four"))
-    for key in ("loss", "reward", "grad_norm", "entropy", "completion_tokens"):
+    monkeypatch.setenv("PYTHONPATH", f"{training_runs.ROOT / 'tests'}:{training_runs.ROOT}")
+    with Pair(tmp_path, "train.py", *setting.flags, *flags, *more, f"--workdir={tmp_path / 'pair'}") as pair:
+        assert pair.statuses(timeout=900) == [0, 0], pair.log()[-3000:] + pair.log(1)[-3000:]
+    one, four, two = (read_metrics(tmp_path / name) for name in ("one", "four", "pair"))
+    for key in ("loss", "grad_norm", "entropy", "kl"):
         np.testing.assert_allclose([x[key] for x in four], [x[key] for x in one], rtol=1e-4, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose([x[key] for x in two], [x[key] for x in four], rtol=1e-5, atol=1e-7, err_msg=key)
+    assert one[1]["kl"] > 1e-4
+    for key in ("reward", "completion_tokens", "groups_without_variance"):
+        assert [x[key] for x in two[::2]] == [x[key] for x in four[::2]] == [x[key] for x in one[::2]], key
+    for name in ("00000000.jsonl", "00000001.jsonl"):
+        one, two = (tmp_path / run / "completions" / name for run in ("one", "pair"))
+        assert two.read_text() == one.read_text() != ""
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------------
@@ -250,6 +312,13 @@ def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
         ({"temperature": 0.0}, "config.stage.temperature: expected a number above 0, got 0.0; greedy completions"),
         ({"top_k": 3}, r"config.stage: unknown keys \['top_k'\]"),
         ({"prompts": 10}, "config.data: expected at least 10 prompts, got 9"),
+        ({"temperature": float("nan")}, "config.stage.temperature: expected a number above 0, got nan"),
+        ({"max_new_tokens": None}, "config.stage.max_new_tokens: expected at least 1, got None"),
+        ({"max_new_tokens": 144}, "max_new_tokens: expected less than the largest config.data.length, 144, got 144"),
+        ({"epsilon": float("nan")}, "expected epsilon and epsilon_high above 0 and beta of at least 0, got nan, None"),
+        ({"epsilon_high": -0.2}, "expected epsilon and epsilon_high above 0 and beta of at least 0, got 0.2, -0.2"),
+        ({"beta": float("nan")}, "expected epsilon and epsilon_high above 0 and beta of at least 0, got 0.2, None and"),
+        ({"rewards": (("grpo_rewards:odd", 1.0),)}, "rewards: the module 'grpo_rewards' has no function 'odd'"),
     ],
 )
 def test_settings_that_cannot_be(small_checkpoint, prompts, options, sentence):
@@ -261,3 +330,60 @@ def test_prompt_that_leaves_no_room(small_checkpoint, prompts, model):
     stage = make(small_checkpoint, prompts, max_new_tokens=130)
     with pytest.raises(TrainingError, match=r"sample p\d: it needs data.length of \d+, and the largest is 144; mend"):
         stage.next_batch(0, lambda: model)
+
+
+@pytest.mark.parametrize("reward_errors", ["error", "zero"])
+def test_reward_function_that_fails_on_a_row(small_checkpoint, prompts, model, reward_errors):
+    """The run ends with the names of function and row, or the row counts as 0."""
+    rewards = (("grpo_rewards:even", 1.0), ("grpo_rewards:broken", 1.0))
+    stage = make(small_checkpoint, prompts, rewards=rewards, reward_errors=reward_errors)
+    if reward_errors == "zero":
+        metrics = stage.next_batch(0, lambda: model).metrics
+        assert metrics["reward_errors/broken"] == (4, 12) and metrics["reward_errors/even"] == (0, 12)
+        assert metrics["reward"][0] == pytest.approx(metrics["reward/even"][0] + 8, abs=1e-4)
+    else:
+        with pytest.raises(TrainingError, match=r"function broken returned nan for row p\d; expected a finite number"):
+            stage.next_batch(0, lambda: model)
+
+
+def test_what_a_reward_function_logs_never_replaces_the_loss(tmp_path):
+    reporter = Reporter(tmp_path, 0, 1, every=1)
+    drawn = StageBatch(None, ("a",), 1, metrics={"loss": (9.0, 1), "mine": (1.0, 1)})
+    reporter.step(1, drawn, {"finite": (1.0, 1.0), "loss": (2.0, 1.0)})
+    reporter.flush()
+    reporter.close()
+    assert {"loss": 2.0, "mine": 1.0}.items() <= read_metrics(tmp_path)[0].items()
+
+
+def test_samples_of_any_text_and_of_what_functions_log(tmp_path):
+    texts = ["\ud83d 2", "\0</answer>", "third"]
+    made = Completions(np.zeros((3, 2), np.int32), np.zeros((3, 2), np.float32), np.array([2, 1, 1], np.int32),
+                       np.array([True, False, True]))  # fmt: skip
+    extras = {"numbers": list(np.float32([1, 2, 3])), "sets": [{1}] * 3, "short": [1], "reward": [7] * 3}
+    scores = Scores(np.array([0.5, 1, 0]), {"f": np.array([0.5, np.nan, 0])}, {}, extras)
+    rollouts.write_samples(tmp_path / "new" / "0.jsonl", 2, ["a", "b", "c"], texts, scores, made)
+    lines = [json.loads(line) for line in (tmp_path / "new" / "0.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"id": "a", "completion": texts[0], "tokens": 2, "stopped": True, "reward": 0.5, "rewards": {"f": 0.5},
+         "numbers": 1.0, "sets": "{1}"},
+        {"id": "b", "completion": texts[1], "tokens": 1, "stopped": False, "reward": 1.0, "rewards": {"f": None},
+         "numbers": 2.0, "sets": "{1}"},
+    ]  # fmt: skip
+
+
+# ---- The sampler's copy of the policy ----------------------------------------------------------------------------
+
+
+def test_decoding_reads_matrices_in_the_compute_dtype(small_checkpoint):
+    """A decode step is bound by what it reads. Norms, biases and gates stay as they are: they are small, and exact."""
+    model = load_model(small_checkpoint, scan=True)
+    assert rollouts.for_decoding(model) is model
+    policy = Qwen3VL(open_checkpoint(small_checkpoint).config, rngs=nnx.Rngs(0), dtype=jax.numpy.bfloat16, scan=True)
+    before, after = (nnx.to_flat_state(nnx.state(m)) for m in (policy, rollouts.for_decoding(policy)))
+    dtypes = {"/".join(map(str, path)): variable[...].dtype.name for path, variable in after}
+    exact = {name for name, dtype in dtypes.items() if dtype == "float32"}
+    assert {v[...].dtype.name for _, v in before} == {"float32"} and set(dtypes.values()) == {"float32", "bfloat16"}
+    assert exact == {name for name in dtypes if any(part in name for part in ("norm", "bias", "gate_alpha"))}
+    assert any(name.endswith("q_proj") for name in dtypes.keys() - exact)
+    for (path, old), (_, new) in zip(before, after):
+        np.testing.assert_array_equal(new[...], old[...].astype(new[...].dtype), err_msg=str(path))

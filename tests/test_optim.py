@@ -305,6 +305,15 @@ def test_steps_lower_the_loss_and_one_that_is_not_finite_leaves_the_state_alone(
     gate = state.trainable["text/layers/3/pvm_block/gate_alpha"]
     np.testing.assert_allclose(metrics["gate/3"][0], np.abs(gate)[0, 0])
 
+    # Nothing to learn from: the momentum of the steps before must not move the parameters either.
+    nothing = dataclasses.replace(batch, loss_weights=np.zeros_like(batch.loss_weights))
+    rested, metrics = update(state, frozen, nothing)
+    assert metrics["idle"][0] == metrics["finite"][0] == 1 and rested.step == state.step + 1
+    momentum = optax.tree.get(state.optimizer, "mu")
+    for name, value in state.trainable.items():
+        assert np.abs(momentum[name]).max() > 0
+        np.testing.assert_array_equal(rested.trainable[name], value)
+
     broken = dataclasses.replace(batch, patches=np.full_like(batch.patches, np.nan))
     kept, metrics = update(state, frozen, broken)
     assert metrics["finite"][0] == 0

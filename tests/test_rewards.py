@@ -390,6 +390,13 @@ def raises(completions, **columns):
     return [1 / (len(c[0]["content"]) - 2) for c in completions]
 
 
+def leaves(completions, **columns):
+    for completion in completions:
+        if completion[0]["content"] == "bb":
+            sys.exit(0)  # what a completion may do that is evaluated
+    return [1.0] * len(completions)
+
+
 def together(completions, **columns):
     if len(completions) > 1:
         raise KeyError("all")
@@ -413,6 +420,9 @@ FAULTY = {
     ),
     "nan": (lambda **c: [1, math.nan, 2], "returned nan for row rows.jsonl:4; expected a finite number", [1, 0, 2], 1),
     "infinite": (lambda **c: [1, 2, math.inf], "returned inf for row rows.jsonl:5", [1, 2, 0], 1),
+    "beyond float32": (lambda **c: [1, 2, 1e39], "returned 1e+39 for row rows.jsonl:5", [1, 2, 0], 1),
+    "beyond all floats": (lambda **c: [1, 10**5000, 3], "returned an integer beyond float32 for row", [1, 0, 3], 1),
+    "the end of Python": (leaves, "leaves raised SystemExit (0) on row rows.jsonl:4", [1, 0, 1], 1),
     "a string": (lambda **c: ["1", 2, 3], "returned '1' for row rows.jsonl:3", [0, 2, 3], 1),
     "a number": (lambda **c: 1.0, "returned 1.0; expected a list of 3 numbers", [0] * 3, 3),
     "nothing": (lambda **c: None, "returned a NoneType; expected a list of 3 numbers", [0] * 3, 3),
@@ -446,6 +456,12 @@ def test_a_missing_column_always_ends_the_run():
         ([("no.such.module:f", 1.0)], {}, "there is no module 'no.such.module'"),
         ([("pvm_jax.training.rewards:f", 1.0)], {}, "'pvm_jax.training.rewards' has no function 'f'"),
         ([("accuracy_reward", 1.0)], {}, "expected 'module:function', got 'accuracy_reward'"),
+        (
+            ("test_rewards:length", 1.0),
+            {},
+            r"such as \(\('module:function', 1.0\),\), got \('test_rewards:length', 1.0\)",
+        ),
+        ([(length, 1.0, 2.0)], {}, "rewards: expected pairs such as"),
         ([(length, math.nan)], {}, "expected a finite weight for length, got nan"),
         ([(length, 1.0), ("test_rewards:length", 1.0)], {}, "two functions are called 'length'"),
         ([(length, 1.0)], {"on_error": "skip"}, "reward_errors: expected one of error, zero; got 'skip'"),
@@ -454,3 +470,15 @@ def test_a_missing_column_always_ends_the_run():
 def test_a_configuration_that_cannot_be(functions, options, sentence):
     with pytest.raises(TrainingError, match=sentence):
         Rewards(functions, **options)
+
+
+def test_a_function_that_hangs_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(rewards, "_PATIENCE", 0.05)
+
+    def slow(completions, **columns):
+        time.sleep(0.5)
+        return [1.0] * len(completions)
+
+    with caplog.at_level("WARNING"):
+        Rewards([(slow, 1.0), (length, 1.0)])(TEXTS, {}, ids=IDS)
+    assert [record.getMessage() for record in caplog.records] == ["the reward function slow has been running for 0 s"]

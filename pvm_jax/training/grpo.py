@@ -37,7 +37,7 @@ from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
 from pvm_jax.training.policy_objective import PolicyObjective, Settings
-from pvm_jax.training.rewards import Rewards, Scores
+from pvm_jax.training.rewards import Rewards
 from pvm_jax.training.rollout import Rollout, Shapes
 from pvm_jax.training.stage import Fraction, Loss, Setup, Stage, StageBatch, Stopwatch, TrainingError
 from pvm_jax.training.step import put_batch
@@ -60,6 +60,11 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
     for reason, count in prompts.skipped.items():
         logging.warning("left out %d rows: %s, e.g. %s", count, reason, prompts.examples[reason])
     shapes = Shapes.make(data, setup.row_multiple)
+    if settings.max_new_tokens >= max(shapes.lengths):
+        raise TrainingError(
+            f"config.stage.max_new_tokens: expected less than the largest config.data.length, {max(shapes.lengths)}, "
+            f"got {settings.max_new_tokens}: a row to learn from holds a prompt and its completion"
+        )
     rewards = Rewards(settings.rewards, settings.reward_errors)
     return GRPO(setup, settings, shapes, prompts, rewards)
 
@@ -219,12 +224,12 @@ class GRPO:
 
     def _reward(self, number: int, drawn: Sequence[Prompt], made: Any) -> tuple[np.ndarray, dict[str, Fraction]]:
         """Process 0 asks the reward functions, and tells the others: a time limit may strike in one of them alone."""
-        settings, share = self._settings, self._setup.share
+        settings, setup = self._settings, self._setup
         answer = ""
-        if share.index == 0:
+        if setup.share.index == 0:
             tokens = [made.tokens[i, :n].tolist() for i, n in enumerate(made.lengths)]
             ends = [t[:-1] if stopped else t for t, stopped in zip(tokens, made.stopped, strict=True)]
-            texts = [self._setup.processor.decode(t) for t in ends]
+            texts = [setup.processor.decode(t) for t in ends]
             prompts = [prompt for prompt in drawn for _ in range(settings.completions)]
             scores = self._rewards(
                 texts,
@@ -234,36 +239,14 @@ class GRPO:
                 completion_ids=tokens,
                 step=number * settings.iterations,
             )
-            self._write_samples(number, prompts, texts, scores, made)
+            if settings.samples and setup.workdir is not None:
+                path = setup.workdir / "completions" / f"{number:08d}.jsonl"
+                rollouts.write_samples(path, settings.samples, [prompt.id for prompt in prompts], texts, scores, made)
             metrics = {name: [float(s), float(n)] for name, (s, n) in scores.metrics.items()}
             answer = json.dumps([scores.total.tolist(), metrics])
-        told = share.exchange(number, answer, lambda: False)[0]
+        told = setup.share.exchange(number, answer, lambda: False)[0]
         total, metrics = json.loads(told)
         return np.asarray(total, np.float32), {name: tuple(pair) for name, pair in metrics.items()}
-
-    def _write_samples(self, number: int, prompts: Sequence[Prompt], texts: list[str], scores: Scores, made: Any):
-        """The first completions of a rollout, one JSON object a line, in a file of the rollout's own."""
-        if not self._settings.samples or self._setup.workdir is None:
-            return
-        path = self._setup.workdir / "completions" / f"{number:08d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = []
-        for i in range(min(self._settings.samples, len(texts))):
-            line = {
-                "id": prompts[i].id,
-                "completion": texts[i],
-                "tokens": int(made.lengths[i]),
-                "stopped": bool(made.stopped[i]),
-                "reward": float(scores.total[i]),
-                "rewards": {n: None if np.isnan(v[i]) else float(v[i]) for n, v in scores.by_function.items()},
-            }
-            lines.append(
-                line | {name: values[i] for name, values in scores.extras.items() if len(values) == len(texts)}
-            )
-        partial = path.with_suffix(".partial")
-        # Completions may hold halves of surrogate pairs; JSON escapes them.
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(path)
 
     # ---- Passes that are not differentiated ----------------------------------------------------------------------
 

@@ -131,7 +131,8 @@ def policy_loss(
         divergence = jnp.exp(further) - further - 1
         cost = cost + beta * divergence
         metrics["kl"] = (jnp.sum(divergence), tokens)
-    gap = jnp.abs(jnp.where(wanted, log_probs - next_token(batch.sampled), 0))
+    # Both of the weights that drew: what the policy has learned since then is no disagreement.
+    gap = jnp.abs(jnp.where(wanted, old - next_token(batch.sampled), 0))
     metrics["sampler_gap"] = (jnp.sum(gap), tokens)
     total, count = jnp.sum(weights * cost), jnp.sum(batch.counts)
     if loss_type == "bnpo":

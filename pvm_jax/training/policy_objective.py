@@ -4,6 +4,7 @@ Settings and shapes decide it alone, so that a plan can be made of it without pr
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ class Settings:
     """
 
     rewards: Sequence[tuple[str, float]]
-    max_new_tokens: int
+    max_new_tokens: int | None
     prompts: int = 8
     completions: int = 8
     temperature: float = 1.0
@@ -72,19 +73,22 @@ class Settings:
     def __post_init__(self):
         least = {"prompts": 1, "completions": 2, "max_new_tokens": 1, "iterations": 1, "chunk": 1, "samples": 0}
         for key, value in least.items():
-            if getattr(self, key) < value:
-                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {getattr(self, key)}")
+            given = getattr(self, key)
+            if given is None or given < value:
+                raise TrainingError(f"config.stage.{key}: expected at least {value}, got {given}")
         for key, known in (("loss_type", LOSS_TYPES), ("scale", SCALES)):
             if getattr(self, key) not in known:
                 raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:  # nor NaN, here and below
             raise TrainingError(
                 f"config.stage.temperature: expected a number above 0, got {self.temperature}; greedy completions of "
                 "a prompt are all the same and teach nothing"
             )
-        if self.beta < 0 or self.epsilon <= 0:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if not (self.beta >= 0 and self.epsilon > 0 and high > 0):
             raise TrainingError(
-                f"config.stage: expected epsilon above 0 and beta of at least 0, got {self.epsilon} and {self.beta}"
+                "config.stage: expected epsilon and epsilon_high above 0 and beta of at least 0, got "
+                f"{self.epsilon}, {self.epsilon_high} and {self.beta}"
             )
 
 

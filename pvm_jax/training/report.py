@@ -86,7 +86,7 @@ class Reporter:
                 self.say(f"warning: step {step}: {name} is {value / count:.3g}, expected at most {bound:g}")
         if drawn.label:
             metrics[f"loss/{drawn.label}"] = metrics["loss"]
-        self._meter.add(metrics | drawn.metrics)
+        self._meter.add(drawn.metrics | metrics)  # a reward function may log any name, also `loss`
         self._tokens += drawn.tokens
         self._samples += len(drawn.ids)
         self._bar.update(step - self._bar.n)

@@ -12,23 +12,28 @@
 A function gets, as keywords: `completions`, each a list of one message as TRL has them for chat prompts; `prompts`
 (messages); `completion_ids` (token ids); every column of the data set, one entry for each completion; `trainer_state`
 with its `global_step`; `log_metric(name, value)` and `log_extra(column, values)`. One that declares no `**columns` gets
-what it names. It returns a number for each completion; None means that it has nothing to say about that one.
+what it names. It returns a number for each completion; None means that it has nothing to say about that one. It may
+take its time, and the run waits for it (and says so): what may hang belongs into a process that can be killed, as
+`pvm_jax/grading.py` has one.
 
 The two rewards of the public PVM release are here. `format_reward` asks for thinking and answer in tags,
 `accuracy_reward` for the right answer; the release weighs them 0.1 and 0.9. Which answers count as right, and where
 that differs from the release, is in `pvm_jax/grading.py`.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float64
 
 from pvm_jax.answers import final_answer
@@ -41,6 +46,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 _THINKING = "<think>"
 _BETWEEN = re.compile(r"</think>\s*<answer>")
 _END = "</answer>"
+_PATIENCE = 60.0  # seconds, after which a reward function that still runs is named
+_LARGEST = float(np.finfo(np.float32).max)  # advantages are float32
 _GRADER = Grader()  # starts nothing before there is something to grade
 
 
@@ -105,14 +112,20 @@ class Rewards:
       TrainingError: no such module or function, or a weight that is no number.
     """
 
-    def __init__(self, functions: Sequence[tuple[str | RewardFunction, float | int]], on_error: str = "error"):
+    def __init__(self, functions: Sequence[Any], on_error: str = "error"):
         if on_error not in ON_ERROR:
             raise TrainingError(f"reward_errors: expected one of {', '.join(ON_ERROR)}; got {on_error!r}")
         if not functions:
             raise TrainingError("rewards: expected pairs of a function (as 'module:function') and its weight, got none")
         self._zero = on_error == "zero"
         self._functions: dict[str, tuple[RewardFunction, float]] = {}
-        for given, weight in functions:
+        for entry in functions:
+            if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+                raise TrainingError(
+                    f"rewards: expected pairs such as (('module:function', 1.0),), got {functions!r}; one pair alone "
+                    "needs the comma behind it"
+                )
+            given, weight = entry
             name, function = _named(given)
             if not _is_finite(weight):
                 raise TrainingError(f"rewards: expected a finite weight for {name}, got {weight!r}")
@@ -178,7 +191,7 @@ class _Call:
             returned = self._ask(range(len(self._ids)))
         except GradingError:
             raise
-        except Exception as error:  # the function is the user's: it may raise anything
+        except (Exception, SystemExit) as error:  # the function is the user's: it may raise anything
             return self._one_by_one(error)
         if isinstance(returned, np.ndarray):
             returned = returned.tolist()
@@ -193,16 +206,17 @@ class _Call:
         arguments = rows | self._more
         if self._named is not None:
             arguments = {name: value for name, value in arguments.items() if name in self._named}
-        return self._function(**arguments)
+        with _named_if_slow(self._name):
+            return self._function(**arguments)
 
-    def _one_by_one(self, error: Exception) -> np.ndarray:
+    def _one_by_one(self, error: BaseException) -> np.ndarray:
         """After the function raised: once more for each row alone, so that only the rows at fault are lost."""
         values = np.zeros(len(self._ids))
         before = self.failed
         for i, row in enumerate(self._ids):
             try:
                 (value,) = self._ask([i])
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 self._fail(f"raised {_shown(alone)} on row {row}", alone)
             else:
                 values[i] = self._checked(value, row)
@@ -218,12 +232,12 @@ class _Call:
         self._fail(f"returned {_shown(value)} for row {row}; expected a finite number, or None for no opinion")
         return 0.0
 
-    def _all_failed(self, what: str, cause: Exception | None = None) -> np.ndarray:
+    def _all_failed(self, what: str, cause: BaseException | None = None) -> np.ndarray:
         span = self._ids[0] if len(self._ids) == 1 else f"{self._ids[0]} to {self._ids[-1]}"
         self._fail(f"{what} (rows {span})", cause, len(self._ids))
         return np.zeros(len(self._ids))
 
-    def _fail(self, what: str, cause: Exception | None = None, rows: int = 1) -> None:
+    def _fail(self, what: str, cause: BaseException | None = None, rows: int = 1) -> None:
         if not self._zero:
             raise TrainingError(
                 f"the reward function {self._name} {what}; correct it, or count such rows as 0 with "
@@ -285,11 +299,31 @@ def _named(given: str | RewardFunction) -> tuple[str, RewardFunction]:
     return name, function
 
 
+@contextlib.contextmanager
+def _named_if_slow(name: str) -> Iterator[None]:
+    """Around the call of a reward function: it may hang, and nobody else would say what the run waits for."""
+    timer = threading.Timer(
+        _PATIENCE, logging.warning, ("the reward function %s has been running for %.0f s", name, _PATIENCE)
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, numbers.Real | np.bool_) and math.isfinite(value)
+    """Whether this is a number that float32 can hold."""
+    try:
+        return isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= _LARGEST
+    except OverflowError:  # an int or a fraction
+        return False
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         return f"{type(value).__name__} ({value!s:.120})"
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return "an integer beyond float32"  # Python refuses to print some
     return f"{value!r:.60}" if isinstance(value, numbers.Real | str) else f"a {type(value).__name__}"

@@ -4,7 +4,9 @@ All functions here give every process the same result; of a batch to learn from 
 """
 
 import dataclasses
+import json
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ from pvm_jax.decoding import Completions, complete
 from pvm_jax.sampling import Sampling
 from pvm_jax.training.optim import NO_DECAY
 from pvm_jax.training.policy_loss import PolicyBatch
+from pvm_jax.training.rewards import Scores
+from pvm_jax.training.stage import TrainingError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,21 @@ class Rollout:
 
     @classmethod
     def load(cls, path: Path, number: int, prompts: Sequence[Encoded]) -> "Rollout":
-        with np.load(path, allow_pickle=False) as arrays:
-            fields = {field.name: arrays[field.name] for field in dataclasses.fields(Completions)}
-            return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})
+        """What `save` wrote.
+
+        Raises:
+          TrainingError: the file is damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file}  # each has its checksum
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise TrainingError(
+                f"{path}: expected the completions of rollout {number}, and the file is damaged "
+                f"({type(error).__name__}); start again from an older checkpoint, or in a new workdir"
+            ) from error
+        fields = {field.name: arrays[field.name] for field in dataclasses.fields(Completions)}
+        return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})
 
 
 def file(workdir: Path | None, number: int) -> Path:
@@ -105,10 +121,12 @@ def file(workdir: Path | None, number: int) -> Path:
 
 
 def forget(workdir: Path | None, iterations: int, number: int) -> None:
-    """Removes the rollouts, of `iterations` steps each, that no checkpoint lies within; `number` stays."""
-    checkpoints = (workdir or Path()) / "checkpoints"
-    saved = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()] if checkpoints.is_dir() else []
-    needed = {number} | {step // iterations for step in saved if step % iterations}
+    """Removes the rollouts, of `iterations` steps each, that no checkpoint lies within, nor one that is being written
+    or about to be; `number` stays."""
+    # Orbax writes to STEP.orbax-checkpoint-tmp, which may not be there yet: that step is of the rollout before.
+    names = (path.name.partition(".")[0] for path in ((workdir or Path()) / "checkpoints").glob("*"))
+    saved = [int(name) for name in names if name.isdigit()]
+    needed = {number, number - 1} | {step // iterations for step in saved if step % iterations}
     for path in file(workdir, number).parent.glob("*.npz"):
         if int(path.stem) not in needed:
             path.unlink()
@@ -218,3 +236,31 @@ def learning_batch(
             counts[at] += rollout.counts.sum() - rollout.counts[[i for row in rows for i in row]].sum()
     learned = PolicyBatch(batch, **given, old=None, reference=None, counts=counts)
     return learned, tuple(i for row in rows for i in row), sum(size[0] for size in sizes)
+
+
+def write_samples(
+    path: Path, count: int, ids: Sequence[str], texts: Sequence[str], scores: Scores, made: Completions
+) -> None:
+    """The first completions of a rollout and what they were rewarded with, one JSON object a line."""
+    lines = []
+    for i in range(min(count, len(texts))):
+        line = {
+            "id": ids[i],
+            "completion": texts[i],
+            "tokens": int(made.lengths[i]),
+            "stopped": bool(made.stopped[i]),
+            "reward": float(scores.total[i]),
+            "rewards": {n: None if np.isnan(v[i]) else float(v[i]) for n, v in scores.by_function.items()},
+        }
+        extras = {name: values[i] for name, values in scores.extras.items() if len(values) == len(texts)}
+        lines.append(line | {name: value for name, value in extras.items() if name not in line})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    # Completions may hold halves of surrogate pairs; JSON escapes them.
+    partial.write_text("".join(json.dumps(line, default=_plain) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    """What a reward function logged and JSON does not know: arrays and their scalars as numbers, the rest as text."""
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
