@@ -65,4 +65,5 @@ def entry(benchmark: str, protocol: str) -> dict:
         "patches": (1024, 2048, 4096, 8192, 16_384, 32_768),
         "threads": 16,
         "judge": placeholder(object),  # of pvm_jax.evals.judge: {"base_url": ..., "model": ...}
+        "judge_when": "unparsed",  # or "wrong", "all"
     }

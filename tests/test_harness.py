@@ -13,7 +13,9 @@ import tiny
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals import asking, harness, rescore
+from pvm_jax.evals.judge import Judge, Judgement
 from pvm_jax.evals.plugins import Evaluation
+from pvm_jax.evals.questions import Verdict
 from pvm_jax.evals.results import ResultError, read_records, write_results
 from pvm_jax.sharding import make_mesh
 
@@ -182,12 +184,46 @@ def test_an_evaluator_in_training_says_the_same(known, model, processor, folder)
     assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)
 
 
+@pytest.mark.parametrize("when", ["unparsed", "wrong", "all"])
+def test_a_judge_is_asked_and_never_scores_what_it_fails_on(known, processor, folder, monkeypatch, when):
+    """The judge fails on q1 and says yes to all others."""
+    questions = []
+
+    def judge(self, question, completion):
+        questions.append(question.index)
+        if question.index == "q1":
+            return Judgement(Verdict(None, False), "a model", "it does not answer")
+        return Judgement(Verdict(completion, True), "a model")
+
+    monkeypatch.setattr(Judge, "__call__", judge)
+    given = {"path": str(folder / "own.jsonl"), "judge": {"base_url": "http://localhost:1", "model": "x"}}
+    prepared = harness.Prepared.of("own", processor, OPTIONS | given | {"judge_when": when})
+    judged = prepared.judged(known)
+    unparsed = sum(record.completion is not None and record.answer is None for record in known)
+    assert len(questions) == {"unparsed": unparsed, "wrong": 9 - len(RIGHT), "all": 9}[when]
+    for before, after in zip(known, judged, strict=True):
+        if before.index not in questions:
+            assert after == before
+        elif before.index == "q1":
+            assert (after.answer, after.right, after.error, after.judge) == (
+                None,
+                False,
+                "it does not answer",
+                "a model",
+            )
+        else:
+            assert after.right and after.judge == "a model" and after.error is None
+    if "q1" in questions:
+        assert prepared.summary(judged)["unjudged"]["right"] == 1
+
+
 def test_what_cannot_be_used_is_one_sentence(processor, folder):
     given = OPTIONS | {"path": str(folder / "own.jsonl")}
     for change, message in (
         ({"max_tokens": 3}, r"config\.evals\.own: unknown keys \['max_tokens'\]; expected some of \['benchmark', "),
         ({"path": None}, r"config\.evals\.own\.path: expected a value; pass --config\.evals\.own\.path="),
         ({"rows": 0}, r"config\.evals\.own\.rows: expected at least 1, got 0"),
+        ({"judge_when": "never"}, r"judge_when: expected one of \['unparsed', 'wrong', 'all'\], got 'never'"),
         ({"rule": "exactly"}, r"config\.evals\.own\.rule: expected one of .*'exact'.*, got 'exactly'"),
     ):
         with pytest.raises(ResultError, match=message):

@@ -32,7 +32,7 @@ from pvm_jax.data.loader import Loader, Stream
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
-from pvm_jax.evals import digits
+from pvm_jax.evals import digits, harness
 from pvm_jax.evals.plugins import Evaluation
 from pvm_jax.sharding import MESH_AXES, local_rows, make_mesh, take_rows
 from pvm_jax.training.checkpoints import complete_steps
@@ -506,6 +506,10 @@ class Pair:
         return [process.wait(timeout) for process in self.processes]
 
 
+QUESTIONS = {"benchmark": "file:own", "protocol": "plain", "max_new_tokens": 6, "rows": 4,
+             "prompt_length": [64], "patches": [16]}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
     """A run that evaluates every four steps on six rows, some of whose answers' tokens count as reads."""
@@ -521,10 +525,16 @@ def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     protocol = {"module": "pvm_jax.evals.digits", "path": str(folder / "answers.jsonl"), "splits": ["all"],
                 "samples": 4, "length": [64], "patches": [16]}  # fmt: skip
+    questions = [
+        {"index": str(i), "question": tiny.text(40 + i, 5), "answer": "?", "image": f"{i}.png"} for i in range(6)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    own = {"module": "pvm_jax.evals.harness", "path": str(folder / "questions.jsonl"), **QUESTIONS}
     (folder / "hosts.py").write_text(
         "from configs import sft, digits_eval\n\n\ndef get_config(argument):\n"
         "    config = (digits_eval if argument == 'eval' else sft).get_config('smoke').unlock()\n"
         f"    config.evals = {{'digits': {protocol!r} | ({{}} if argument == 'eval' else {{'every': 4}})}}\n"
+        f"    if argument == 'eval':\n        config.evals.own = {own!r}\n"
         "    return config.lock()\n"
     )
     flags = (f"--config={folder / 'hosts.py'}:sft", "--config.steps=600", "--config.checkpoint.every=3")
@@ -582,6 +592,13 @@ def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoi
     assert json.loads((tmp_path / "digits.json").read_text())["summary"] == json.loads(json.dumps(summary))
     assert [json.loads(line) for line in (tmp_path / "digits.jsonl").read_text().splitlines()] == records
     assert len(records) == 6 * 3  # conditions
+    given = QUESTIONS | {"path": str(setting.folder / "questions.jsonl")}
+    summary, records, _ = harness.run(Evaluation("own", model, processor, tmp_path / "alone", mesh=mesh), **given)
+    assert [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()] == records
+    assert json.loads((tmp_path / "own.json").read_text())["summary"]["scores"] == json.loads(
+        json.dumps(summary["scores"])
+    )
+    assert len({record["completion"] for record in records}) > 3
 
 
 def train_until(step: int, patch: pytest.MonkeyPatch, setting, workdir, start: int = 0) -> None:

@@ -11,6 +11,7 @@ not decode, a prompt that is too long) gets a record that says why; it counts as
 import dataclasses
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -31,6 +32,13 @@ from pvm_jax.evals.results import ResultError
 from pvm_jax.grading import Grader
 from pvm_jax.models.qwen3_vl import Qwen3VL
 
+JUDGED: Mapping[str, Callable[[Record], bool]] = {
+    "unparsed": lambda record: record.answer is None,
+    "wrong": lambda record: not record.right,
+    "all": lambda record: True,
+}
+"""What a judge may be asked about."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -42,7 +50,8 @@ class Options:
       seeds: how many answers to each question; None: as the protocol says.
       limit: the first so many questions; None: all.
       max_new_tokens, temperature, min_pixels, max_pixels, rule: instead of the protocol's; the result says which.
-      judge: fields of `judge.Judge`, which is asked where no rule finds an answer; None: rules alone.
+      judge: fields of `judge.Judge`; None: rules alone.
+      judge_when: what the judge is asked about: a key of JUDGED.
       rows, prompt_length, patches, threads: see `Shapes`.
     """
 
@@ -58,6 +67,7 @@ class Options:
     max_pixels: int | None = None
     rule: str | None = None
     judge: Mapping[str, Any] | None = None
+    judge_when: str = "unparsed"
     rows: int = 32
     prompt_length: Sequence[int] = ()
     patches: Sequence[int] = ()
@@ -81,6 +91,10 @@ class Options:
                 raise ResultError(f"config.evals.{name}.{key}: expected at least 1, got {given[key]}")
         if given.get("rule") and given["rule"] not in RULES:
             raise ResultError(f"config.evals.{name}.rule: expected one of {sorted(RULES)}, got {given['rule']!r}")
+        if given.get("judge_when", "all") not in JUDGED:
+            raise ResultError(
+                f"config.evals.{name}.judge_when: expected one of {list(JUDGED)}, got {given['judge_when']!r}"
+            )
         return cls(**{key: value for key, value in given.items() if value is not None})
 
     @property
@@ -123,7 +137,7 @@ class Prepared:
         return self.benchmark[: self.options.limit]
 
     def answers(self, model: Qwen3VL, mesh: Mesh | None = None, known: Container[str] = ()) -> Iterator[list[Record]]:
-        """Records of the questions whose index is not `known`, judged, batch by batch."""
+        """Records of the questions whose index is not `known`, batch by batch, with the verdicts of rules."""
         name, broken = self.benchmark.name, self.benchmark.broken
         left = [question for question in self.questions if question.index not in known]
         for question in left:
@@ -132,10 +146,21 @@ class Prepared:
                 yield [make_record(name, self.task, asked, seed) for seed in self.task.seeds]
         whole = [question for question in left if question.index not in broken]
         with closing(Grader()) as grader:
-            for records in answers(
-                model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade
-            ):
-                yield [self.judge(record) for record in records] if self.judge else records
+            yield from answers(model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade)
+
+    def judged(self, records: Sequence[Record]) -> list[Record]:
+        """The records with the judge's verdicts; one that it fails on is marked with why, and counts as wrong."""
+        if self.judge is None:
+            return list(records)
+        with ThreadPoolExecutor(self.options.threads, "judge") as pool:
+            return list(pool.map(self._judged, records))
+
+    def _judged(self, record: Record) -> Record:
+        if record.completion is None or not JUDGED[self.options.judge_when](record):
+            return record
+        said = self.judge(Question(**record.question), record.completion)
+        verdict = dataclasses.asdict(said.verdict)
+        return dataclasses.replace(record, **verdict, error=said.error, judge=said.model)
 
     def about(self) -> dict[str, Any]:
         """All that decides the records but the checkpoint, as plain values."""
@@ -150,7 +175,7 @@ class Prepared:
                 "checksum": benchmark.checksum,
             },
             "task": self.task.about() | {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels},
-            "judge": self.judge and self.judge.model,
+            "judge": self.judge and {"model": self.judge.model, "when": self.options.judge_when},
         }
 
     def summary(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -182,9 +207,10 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
     evaluation.barrier(f"records of {evaluation.name} read")
     progress = _Progress(evaluation.name, len(prepared.questions) * len(prepared.task.seeds), ledger.records)
     for records in prepared.answers(evaluation.model, evaluation.mesh, {r.index for r in ledger.records}):
-        ledger.add(records)
-        if evaluation.writes:
+        if evaluation.writes:  # the judge is asked once
+            records = prepared.judged(records)
             progress.add(records)
+        ledger.add(records)
     summary = prepared.summary(ledger.records)
     records = [dataclasses.asdict(record) for record in prepared.in_order(ledger.records)]
     return summary, records, aggregate.table(summary)
@@ -195,7 +221,7 @@ def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module
     prepared = Prepared.of("NAME", processor, options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
-        records = [record for batch in prepared.answers(model) for record in batch]
+        records = prepared.judged([record for batch in prepared.answers(model) for record in batch])
         summary = prepared.summary(records)
         found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
         found |= {
