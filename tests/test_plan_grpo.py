@@ -1,6 +1,7 @@
 """Plans of GRPO: bytes by hand, lowering for TPU and CUDA, and that what is planned is what a run compiles."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pvm_jax import decoding
 from pvm_jax.checkpoint import open_checkpoint
 from pvm_jax.plan import Plan, chosen
 from pvm_jax.planning import estimate, topology
+from pvm_jax.planning.hlo import Program
 from pvm_jax.planning.programs import programs
 from pvm_jax.planning.recipe import Recipe, model_config
 from pvm_jax.planning.topology import PlanError
@@ -24,6 +26,7 @@ from pvm_jax.training.rollout import for_decoding
 from pvm_jax.training.setup import Blueprint, ModelOptions
 from pvm_jax.training.step import put_batch
 
+ROOT = Path(__file__).parents[1]
 NEW_TOKENS = 70  # beyond the cache's first room
 
 
@@ -107,6 +110,46 @@ def test_one_program():
         chosen(found, "sampling")
 
 
+# ---- The documented plans ----------------------------------------------------------------------------------------
+
+
+def documented() -> dict:
+    """The table of docs/plans.md: (size, topology, flags) to its rows, (program, least, peak, beside, ratio)."""
+    number, rest = r"([\d.]+|not compiled)", r"(?: ([\d.]+))? \|"
+    line = rf"^\| (\w+) \| (\w+) \| (\S+:\S+) \| (?:`(.*?)` )?\| {number} \| {number} \|{rest}{rest} [\d.]+ \|$"
+    runs: dict = {}
+    for program, size, where, flags, *numbers in re.findall(
+        line, (ROOT / "docs" / "plans.md").read_text(), re.MULTILINE
+    ):
+        values = [float(x) if x[:1].isdigit() else None for x in numbers]
+        runs.setdefault((size, where, flags), []).append((program, *values))
+    return runs
+
+
+def test_the_table_is_read():
+    assert {run[:2] for run in documented()} == {("4b", "h100:8"), ("8b", "v5p:4x4x4"), ("8b", "v5e:16x16")}
+    assert all([row[0] for row in rows] == ["prefill", "growth", "decode", "update"] for rows in documented().values())
+
+
+@pytest.mark.parametrize("run", documented(), ids=" ".join)
+def test_documented_plans_follow_from_the_shapes(run):
+    """What is unavoidable, what lies beside, the ratio; the peaks are the compilers'."""
+    size, name, flags = run
+    config, where = configs.grpo.get_config(size).to_dict(), topology.parse(name)
+    for flag in flags.split():
+        path, value = flag.removeprefix("--config.").split("=")
+        *parents, key = path.split(".")
+        functools.reduce(dict.__getitem__, parents, config)[key] = int(value)
+    sizes = topology.fill(tuple(config["mesh"][axis] for axis in MESH_AXES), where.size)
+    found = named(Recipe(config, model_config(config), AbstractMesh(sizes, MESH_AXES), where.platform))
+    for program, wanted, peak, beside, ratio in documented()[run]:
+        least = estimate.unavoidable(found[program]).total / 2**30
+        assert wanted == pytest.approx(least, abs=0.006)
+        if peak:
+            assert beside == pytest.approx(found[program].resident.total / 2**30, abs=0.006)
+            assert ratio == pytest.approx(peak / least, abs=0.006)
+
+
 # ---- Lowering ----------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +176,18 @@ def test_a_small_run_lowers(small_checkpoint, monkeypatch, platform):
     assert all(kernel in text[name] for name in ("scoring", "update"))
 
 
+def test_the_heads_gradient_is_summed_over_devices_once(small_checkpoint):
+    """With twice as many chunks no more than flags are summed; the gradient of the head is 64 KiB."""
+
+    def summed(chunk: int) -> float:
+        recipe = small(small_checkpoint, make_mesh(1, 8, 1), "cpu", length=256, patches=96)
+        recipe.config["stage"]["chunk"] = chunk
+        program = Program(named(recipe)["update"].trace().lower().compile().as_text())
+        return sum(program.collectives().get(kind, 0) for kind in ("all-reduce", "reduce-scatter"))
+
+    assert summed(64) - summed(128) < 1000
+
+
 def small(checkpoint: Path, mesh, platform: str, length: int, patches: int) -> Recipe:
     config = configs.grpo.get_config("4b").to_dict()
     config["model"] |= {"path": str(checkpoint), "size": None}
@@ -147,7 +202,7 @@ def small(checkpoint: Path, mesh, platform: str, length: int, patches: int) -> R
 @pytest.fixture(scope="module")
 def compared(small_checkpoint, tmp_path_factory) -> dict:
     """Of each program the lowered text, planned and with the arguments of a rollout on four devices."""
-    mesh = make_mesh(1, 2, 2)
+    mesh = make_mesh(1, 2, 2, devices=jax.devices()[:4])
     recipe = small(small_checkpoint, mesh, "cpu", length=182, patches=96)
     planned = named(recipe)
     stage = grpo_stages.make(
