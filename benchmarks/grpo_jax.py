@@ -151,10 +151,10 @@ class Step:
         return self.partition.merge(self.state.trainable, self.frozen)
 
     def gradient_norm(self) -> tuple[PolicyBatch, float]:
-        """Of the completions of the last step, with advantages 1 and -1 in turn; and these."""
-        signs = 1 - 2 * (np.arange(len(self.batch.advantages))[:, None] % 2)
-        advantages = np.where(self.batch.batch.loss_weights > 0, signs, 0).astype(np.float32)
-        batch = dataclasses.replace(self.batch, advantages=advantages)
+        """Of the completions of the last step, and these; with random advantages, as rewards may all be the same."""
+        random = np.random.default_rng(0).standard_normal((len(self.batch.advantages), 1), np.float32)
+        learned = self.batch.batch.loss_weights > 0
+        batch = dataclasses.replace(self.batch, advantages=np.where(learned, random, 0))
         self.state, metrics = self.update(self.state, self.frozen, put_batch(batch, self.mesh, 1))
         return batch, float(metrics["grad_norm"][0])
 

@@ -29,6 +29,21 @@ def test_quick_benchmark_has_every_row(tmp_path):
     assert all(0 < cost["more"]["flops"] < 1 for cost in result["pvm_cost"])
 
 
+def test_quick_grpo_benchmark_runs_one_algorithm_on_both_sides(tmp_path):
+    out = tmp_path / "result.json"
+    printed = run("grpo.py", out, "--quick", "--threads=1")
+    rows = json.loads(out.read_text())["rows"]
+    assert all(row["name"] in printed for row in rows)
+    shared, gradient, *steps = rows
+    assert set(shared["values"]) == {"parts", "rollout", "prefill each"} and shared["aims"] == {"rollout / parts": 1.15}
+    # Torch's gradient of the completions that PVM-JAX drew, PVM included.
+    assert gradient["values"]["PVM-JAX"] > 0
+    assert gradient["ratios"]["torch with PVM / PVM-JAX"] == pytest.approx(1, abs=1e-3)
+    assert [row["name"].rpartition(": ")[2] for row in steps[1:]] == ["rollout", "rewards", "update"]
+    for side, total in steps[0]["values"].items():
+        assert sum(row["values"][side] for row in steps[1:]) == pytest.approx(total)
+
+
 def test_loader_benchmark_judges_by_the_step_that_is_given(tmp_path):
     arguments = ["--samples=8", "--steps=1", "--sizes=320x240,640x480", "--answer=50", "--threads=1"]
     fast = run("loader.py", tmp_path / "fast.json", *arguments, "--step_seconds=1e-6")
