@@ -24,10 +24,10 @@ times smaller than what attention adds in the first layer, learning took more th
 query was then mostly context, read late tokens at 0.81 instead of 0.99 when the backbone was blind. The patch
 embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times each, and move together.
 
-Wall time       20 minutes for all four commands on two CPU cores, a compilation of low priority beside them
-Result          exact match 0.96 in answers of 7-64 tokens, 0.34 in 141-253, 0 in 491-505 (held-out digits); reads 0.997
-                in the shortest, 0.53 from token 392 on; text right at 0.999 and more. Run again after changes to the
-                training step, which XLA then rounds differently: 0.98, 0.28, 0; 0.997 and 0.50
+Wall time       19 minutes for all four commands on two CPU cores, other work of low priority beside them
+Result          exact match 0.98 in answers of 7-64 tokens, 0.28 in 141-253, 0 in 491-505 (held-out digits); reads 0.997
+                in the shortest, 0.50 from token 392 on; text right at 0.999 and more. Run twice: the same weights, bit
+                for bit, and those of assets/digits_base. XLA may round another version of the training step differently
 
 Arguments, separated by commas: `long`, the second run; `smoke`, the same configuration in a few steps.
 """
