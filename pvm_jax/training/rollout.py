@@ -4,6 +4,7 @@ All functions here give every process the same result; of a batch to learn from 
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,15 +135,19 @@ def draw(
 
 def _for_decoding(model: nnx.Module) -> nnx.Module:
     """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs."""
-    graphdef, params = nnx.split(model)
     if model.dtype == np.float32:
         return model
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, _cast_matrices(params, model.dtype))
 
+
+@functools.partial(jax.jit, static_argnums=1)  # of the module, so that it is compiled once and not at every rollout
+def _cast_matrices(params: Any, dtype: Any) -> Any:
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-        return x if re.search(NO_DECAY, name) else x.astype(model.dtype)
+        return x if re.search(NO_DECAY, name) else x.astype(dtype)
 
-    return nnx.merge(graphdef, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cast, tree))(params))
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def learning_batch(rollout: Rollout, shapes: Shapes, local_rows: Any) -> tuple[PolicyBatch, tuple[int, ...], int]:
