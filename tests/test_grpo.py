@@ -9,6 +9,7 @@ from pathlib import Path
 
 import grpo_stages
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_runs
@@ -247,6 +248,16 @@ def test_rollouts_that_checkpoints_lie_within_are_kept(tmp_path):
     rollouts.forget(tmp_path, 2, 6)
     # 3: the step's checkpoint is being written. 5: that of its first step may be about to be.
     assert sorted(int(path.stem) for path in (tmp_path / "rollouts").iterdir()) == [1, 3, 5, 6]
+
+
+def test_matrices_are_cast_for_decoding_by_one_program(model):
+    """Trained parameters are fp32 where the model computes in bf16; two rollouts compile the cast once."""
+    half = nnx.clone(model)
+    half.dtype = jnp.dtype("bfloat16")
+    before = rollouts._cast_matrices._cache_size()
+    cast = [rollouts._for_decoding(half) for _ in range(2)][1]
+    assert rollouts._cast_matrices._cache_size() == before + 1
+    assert cast.text.norm[...].dtype == jnp.float32 and cast.text.embed_tokens[...].dtype == jnp.bfloat16
 
 
 def test_random_key_of_a_rollout_has_its_number(small_checkpoint, prompts, model, monkeypatch):

@@ -4,6 +4,7 @@ All functions here give every process the same result; of a batch to learn from 
 """
 
 import dataclasses
+import functools
 import json
 import re
 import zipfile
@@ -165,14 +166,18 @@ def draw(
 
 def for_decoding(model: nnx.Module) -> nnx.Module:
     """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs."""
-    graphdef, params = nnx.split(model)
     if model.dtype == np.float32:
         return model
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, _cast_matrices(params, model.dtype))
 
+
+@functools.partial(jax.jit, static_argnums=1)  # of the module, so that it is compiled once and not at every rollout
+def _cast_matrices(params: Any, dtype: Any) -> Any:
     def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(decoding_dtype(path, x, model.dtype))
+        return x.astype(decoding_dtype(path, x, dtype))
 
-    return nnx.merge(graphdef, jax.jit(lambda tree: jax.tree_util.tree_map_with_path(cast, tree))(params))
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def decoding_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
