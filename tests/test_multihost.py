@@ -598,7 +598,7 @@ def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoi
     assert json.loads((tmp_path / "own.json").read_text())["summary"]["scores"] == json.loads(
         json.dumps(summary["scores"])
     )
-    assert len({record["completion"] for record in records}) > 3
+    assert len({record["completion"] for record in records}) > 2
 
 
 def train_until(step: int, patch: pytest.MonkeyPatch, setting, workdir, start: int = 0) -> None:
