@@ -54,3 +54,11 @@ def test_loader_benchmark_judges_by_the_step_that_is_given(tmp_path):
     cpu = result["cpu"] + result["kernel"]
     assert result["host_cores"] == pytest.approx(cpu / 8 / 1e-6)  # two of sixteen parts, within a microsecond
     assert "data is not the bottleneck" in run("loader.py", tmp_path / "slow.json", *arguments, "--step_seconds=1e6")
+
+
+def test_quick_evaluation_benchmark_has_the_completions_of_transformers(tmp_path):
+    printed = run("evaluation.py", tmp_path / "result.json", "--quick")
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["same_completions"] == result["samples"] == 4
+    assert set(result["ratios"]) == {"torch, one by one", "torch, batches"}
+    assert f"{result['samples_per_second']['harness']:.3f} samples/s" in printed
