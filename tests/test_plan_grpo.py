@@ -63,11 +63,11 @@ def test_bytes_of_8b_on_8_devices_by_hand():
     policy = sum(x.size for x in step.state.trainable.values()) / 8
     assert policy == pytest.approx(8.19e9 / 8, rel=0.01)
     assert all(name.startswith("visual/") for name in step.frozen)
-    # PVM's small matrices and vectors lie whole on every device: 3 %.
-    assert least["decode"].weights == pytest.approx(6 * policy + 2 * tower, rel=0.04)
-    assert least["decode"].optimizer == pytest.approx(8 * policy, rel=0.04)
-    assert least["update"].weights == pytest.approx(4 * policy + 2 * tower, rel=0.04)
-    assert least["update"].optimizer == pytest.approx(12 * policy, rel=0.04)
+    # What has no axis that is split lies whole on every device: 4 %.
+    assert least["decode"].weights == pytest.approx(6 * policy + 2 * tower, rel=0.05)
+    assert least["decode"].optimizer == pytest.approx(8 * policy, rel=0.05)
+    assert least["update"].weights == pytest.approx(4 * policy + 2 * tower, rel=0.05)
+    assert least["update"].optimizer == pytest.approx(12 * policy, rel=0.05)
     assert least["update"].layer_inputs == 2 * 18_432 * 4096 * (36 + 1)
     for name in ("prefill", "growth", "decode"):
         assert (least[name].weights, least[name].optimizer) == (least["decode"].weights, least["decode"].optimizer)

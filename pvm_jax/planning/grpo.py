@@ -184,8 +184,9 @@ class _Run:
             history=None,
         )
         if self.mesh is None:
-            return state
-        places = decoding.state_shardings(state, self.recipe.model, self.model.scan, self.mesh)
+            places = jax.tree.map(lambda _: NamedSharding(self.recipe.mesh, PartitionSpec()), state)
+        else:
+            places = decoding.state_shardings(state, self.recipe.model, self.model.scan, self.mesh)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 
     def _cache(self, rows: int, capacity: int) -> KVCache:
