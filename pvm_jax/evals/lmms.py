@@ -299,7 +299,7 @@ def _whole_images() -> Iterator[None]:
 
 
 def answer_of(text: str) -> str:
-    """What stands in the last `<answer>`, or else behind the last `</think>`; all of a text without either; stripped."""
+    """What stands in the last `<answer>`, or else behind the last `</think>`, or else all; stripped."""
     answer = final_answer(text)
     return text.rpartition("</think>")[2].strip() if answer is None else answer
 
