@@ -146,6 +146,7 @@ class PVMJax(_Base):
         the last `</think>`, for tasks whose extraction knows no such tags.
       seed: of everything that is drawn.
       data, fsdp, tensor: the mesh; -1: the devices that are left.
+        (Numbers may be floats: lmms-eval reads "-1" as one.)
       device, max_batch_size: lmms-eval passes them; jax chooses devices by itself.
     """
 
@@ -163,9 +164,9 @@ class PVMJax(_Base):
         max_new_tokens: int = 128,
         text: str = "all",
         seed: int = 0,
-        data: int = 1,
-        fsdp: int = -1,
-        tensor: int = 1,
+        data: float | int = 1,
+        fsdp: float | int = -1,
+        tensor: float | int = 1,
         device: Any = None,
         max_batch_size: Any = None,
         **others: Any,
@@ -298,7 +299,7 @@ def _whole_images() -> Iterator[None]:
 
 
 def answer_of(text: str) -> str:
-    """What stands in the last `<answer>`, or else behind the last `</think>`; a text without either as it is."""
+    """What stands in the last `<answer>`, or else behind the last `</think>`, or else all; stripped."""
     answer = final_answer(text)
     return text.rpartition("</think>")[2].strip() if answer is None else answer
 
