@@ -211,6 +211,30 @@ def test_metrics():
     np.testing.assert_allclose(got["sampler_gap"], (6 * 0.01, 6), rtol=1e-4)  # not against what is learned since: 1.22
 
 
+def test_clipped_shares_follow_the_sign_of_the_advantage():
+    """The same ratios with opposite advantages: exp(0.5) is clipped now, exp(0.3) and exp(-0.4) are not."""
+    log_probs, batch = packed("dapo")
+    opposite = dataclasses.replace(batch, advantages=-batch.advantages)
+    got = policy_loss(log_probs, opposite, epsilon=0.2, epsilon_high=0.3).metrics
+    assert got["clipped_high"] == (1, 6) and got["clipped_low"] == (0, 6)
+
+
+def test_what_teaches_nothing_cannot_overflow():
+    """Prompts, padding and masked completions, however unlikely they were: exp(200) is not finite."""
+    log_probs, batch = packed("dapo", reference=True)
+    wanted = batch.batch.loss_weights > 0
+    odd = dataclasses.replace(
+        batch, old=jnp.where(wanted, batch.old, -200), reference=jnp.where(wanted, batch.reference, 200)
+    )
+    settings = {"epsilon": 0.2, "epsilon_high": 0.3, "beta": 0.1}
+    plain, got = (
+        jax.value_and_grad(lambda x: policy_loss(x, b, **settings).sum)(log_probs)  # noqa: B023
+        for b in (batch, odd)
+    )
+    np.testing.assert_array_equal(got[0], plain[0])
+    np.testing.assert_array_equal(got[1], plain[1])
+
+
 def test_first_pass_has_ratio_one_and_the_policy_gradient():
     """Without `old` the ratio is 1 whatever the sampler said, and the gradient of a token is -A."""
     log_probs, batch = packed("dapo", old=False)

@@ -300,3 +300,5 @@ def test_options(tmp_path):
         open_prompts(path, layout="trl", bad_rows="ignore")
     renamed = open_prompts(path, layout="virl39k", rename={"prompt": "question", "solution": "answer"})
     assert renamed[0].solution == "1"
+    named = jsonl(tmp_path / "named.jsonl", {"prompt": ASKED, "reward_model": {"ground_truth": "1"}, "id": "mine"})
+    assert open_prompts(named, layout="verl")[0].id == "mine"  # where the layout's own column is missing
