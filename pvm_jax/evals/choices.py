@@ -11,7 +11,7 @@ In this order, and the first that says anything decides:
 1. the whole text is a letter, or the text of one option, or a number equal to one option's;
 2. the last conclusion: "the answer is B", "B is correct", "I choose B", "选B", a letter alone in the last line.
    One that names two letters, or a letter that is no option, concludes nothing, and nothing else is asked;
-3. a letter at the start, before its text;
+3. a letter at the start, before its text, or an option's text before a mark: "No, because ...";
 4. the only letter that is marked as one: "(B)", "option B", "**B**"; in a few words any letter, else only at the end;
 5. the only option whose text occurs.
 

@@ -234,7 +234,7 @@ def _mmmu_open(question: Question, text: str) -> Verdict:
         else:
             golds = (f" {gold}", f"{gold} ") if len(gold) == 1 else (gold,)
             right |= any(g in text for g in golds for text in candidates if _round(text) is None)
-    return Verdict(candidates[-1], right)
+    return Verdict(candidates[-1][: free_answers.MAX_CHARACTERS], right)
 
 
 def _round(text: str) -> float | None:
