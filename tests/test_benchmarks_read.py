@@ -232,11 +232,12 @@ def test_user_tables(write, tmp_path):
 
 
 def test_windows_line_ends_and_other_line_breaks(tmp_path):
-    rows = [{"index": 0, "question": "a\u2028b\x85c?", "answer": "x", "image": made.coded(3)}]
+    rows = [{"index": i, "question": "a\u2028b\x85c?", "answer": "x", "image": made.coded(i)} for i in range(3)]
     path = made.write_tsv(tmp_path / "w.tsv", rows)
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
-    (question,) = open_benchmark("file:w", path)
-    assert question.text == "a\u2028b\x85c?" and numbers(question) == [3]
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n\r\n"))  # an empty line behind every row, too
+    benchmark = open_benchmark("file:w", path)
+    assert {question.text for question in benchmark} == {"a\u2028b\x85c?"}
+    assert [numbers(question) for question in benchmark] == [[0], [1], [2]]
 
 
 # ---- Wrong files ---------------------------------------------------------------------------------------------------
