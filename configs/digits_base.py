@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 import configs.common as common
 
 ARGUMENTS = ("long", "smoke")
-TEXT = "runs/data/digits/text/2.1.0"
+TEXT = "runs/data/digits/text/2.2.0"
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -88,7 +88,7 @@ def see(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 3e-3
     config.optimizer.floor = 0.3
     config.optimizer.warmup_steps = 100
-    config.data.path = "runs/data/digits/base/2.1.0"
+    config.data.path = "runs/data/digits/base/2.2.0"
     config.data.streams = {
         "easy": {"split": "easy", "stop": 500},
         "short": {"split": "short", "start": 500},
@@ -101,7 +101,7 @@ def write_long(config: ConfigDict) -> None:
     config.model.path = "runs/digits-base"
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 40
-    config.data.path = "runs/data/digits/base/2.1.0"
+    config.data.path = "runs/data/digits/base/2.2.0"
     config.data.streams = {
         "chains": {"split": "chains", "samples": 6, "length": (576,)},
         "ends": {"path": TEXT, "split": "ends", "samples": 128, "length": (48,), "patches": (4,), "stop": 400},

@@ -30,7 +30,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "evals": {
                 "digits": {
                     "module": "pvm_jax.evals.digits",
-                    "path": "runs/data/digits/demo/2.1.0",
+                    "path": "runs/data/digits/demo/2.2.0",
                     "splits": ("test_64", "test_128", "test_256", "test_505"),
                     "conditions": ("normal", "vision_masked", "other_memory"),
                     "samples": 2 if smoke else 16,

@@ -43,7 +43,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.path = "runs/digits-slots" if "slots" in words else "runs/digits-pvm"
 
     data = config.data
-    data.path = "runs/data/digits/demo/2.1.0"
+    data.path = "runs/data/digits/demo/2.2.0"
     data.pack = False
     data.threads = 2
     data.patches = (144,)

@@ -1,6 +1,6 @@
 """TFDS builder of the digit mosaics (`digits_task.py`); needs neither TensorFlow nor a download.
 
-`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.1.0`, to be read by
+`prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.2.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of 7-64 and 100-256
 tokens; test answers by length, the longest 490-505), `base` and `text` what the tiny base model is trained on.
 Features of a row:
@@ -31,7 +31,7 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "sft_easy": (1600, Spec("train", 64, verbose=0.3, blocks=1.0)),
         "sft_64": (2400, Spec("train", 64, verbose=0.3)),
         "sft_256": (1600, Spec("train", 256, 100, verbose=0.8)),
-        "prompts": (1600, Spec("train", 128, 16, verbose=0.5)),
+        "prompts": (1600, Spec("train", 256, 16, verbose=0.7)),
         "test_64": (128, Spec("test", 64)),
         "test_128": (96, Spec("test", 128, 66, verbose=0.5)),
         "test_256": (96, Spec("test", 256, 140, verbose=1.0)),
@@ -55,7 +55,7 @@ TESTS = ("test_64", "test_128", "test_256", "test_505")
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Mosaics of scikit-learn's handwritten digits, with questions, reasoning and answers."""
 
-    VERSION = tfds.core.Version("2.1.0")
+    VERSION = tfds.core.Version("2.2.0")
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=name) for name in SPLITS]
 
     def _info(self) -> tfds.core.DatasetInfo:

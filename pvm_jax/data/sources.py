@@ -2,7 +2,7 @@
 
     open_source("train.jsonl", image_folder="pictures")            # or pictures.zip, pictures.tar, "parts/*.zip"
     open_source(["a/*.parquet", "b/*.parquet"], rename={"problem": "question"})
-    open_source("~/tensorflow_datasets/digits/demo/2.1.0", split="sft_64")     # TFDS, without TensorFlow
+    open_source("~/tensorflow_datasets/digits/demo/2.2.0", split="sft_64")     # TFDS, without TensorFlow
 
 Rows are read where they lie: JSONL by the offsets of its lines, parquet a row group at a time, TFDS by array_record.
 What a row may look like is in `records.py`. All of it is safe to use from several threads.
