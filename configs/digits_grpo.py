@@ -5,8 +5,8 @@ Launch, from the repository's root (`make demo` first, or the commands of config
     python eval.py --config=configs/digits_eval.py --workdir=runs/eval-grpo --config.checkpoint=runs/digits-grpo
 
 Recipe: configs/grpo.py, with rewards of this task: half for the share of words in their place, half for an answer
-that is right word for word. Prompts are for answers of 16-256 tokens, with training digits. An answer without an end is
-wrong here, and is learned from (`mask_truncated`). The learning rate falls to 0: what single steps learn is mostly noise.
+that is right word for word. Prompts are for answers of 16-256 tokens, with training digits. An answer without an end
+is wrong here, and is learned from (`mask_truncated`). The learning rate falls to 0, because a step is mostly noise.
 
 Measured        FIGURES
 
