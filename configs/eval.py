@@ -64,6 +64,7 @@ def entry(benchmark: str, protocol: str) -> dict:
         "prompt_length": (512, 1024, 2048, 4096, 8192),  # tokens of a prompt; each is a program
         "patches": (1024, 2048, 4096, 8192, 16_384, 32_768),
         "threads": 16,
-        "judge": placeholder(object),  # of pvm_jax.evals.judge: {"base_url": ..., "model": ...}
+        # A model behind an OpenAI-compatible endpoint, without a base_url nobody; the key's environment variable.
+        "judge": {"base_url": placeholder(str), "model": placeholder(str), "key_variable": ""},
         "judge_when": "unparsed",  # or "wrong", "all"
     }

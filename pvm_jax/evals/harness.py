@@ -50,7 +50,7 @@ class Options:
       seeds: how many answers to each question; None: as the protocol says.
       limit: the first so many questions; None: all.
       max_new_tokens, temperature, min_pixels, max_pixels, rule: instead of the protocol's; the result says which.
-      judge: fields of `judge.Judge`; None: rules alone.
+      judge: fields of `judge.Judge`; None, or no base_url: rules alone.
       judge_when: what the judge is asked about: a key of JUDGED.
       rows, prompt_length, patches, threads: see `Shapes`.
     """
@@ -95,6 +95,9 @@ class Options:
             raise ResultError(
                 f"config.evals.{name}.judge_when: expected one of {list(JUDGED)}, got {given['judge_when']!r}"
             )
+        judge = {field.name for field in dataclasses.fields(Judge)}
+        if unknown := sorted(set(given.get("judge") or ()) - judge):
+            raise ResultError(f"config.evals.{name}.judge: unknown keys {unknown}; expected some of {sorted(judge)}")
         return cls(**{key: value for key, value in given.items() if value is not None})
 
     @property
@@ -129,7 +132,7 @@ class Prepared:
         task = options.task(benchmark.kind)
         limits = {"min_pixels": task.min_pixels, "max_pixels": task.max_pixels}
         images = dataclasses.replace(processor.images, **{k: v for k, v in limits.items() if v is not None})
-        judge = Judge(**options.judge) if options.judge else None
+        judge = Judge(**options.judge) if (options.judge or {}).get("base_url") else None
         return cls(options, benchmark, task, dataclasses.replace(processor, images=images), judge)
 
     @property
