@@ -22,7 +22,7 @@ def get_config(argument: str = "") -> ConfigDict:
     if argument not in ("", "smoke"):
         raise ValueError(f"configs/digits_grpo.py: expected no argument or smoke, got {argument!r}")
     config = base.grpo()
-    config.steps = 80
+    config.steps = 60
     config.model.path = "runs/digits-sft"
     config.stage.prompts = 16
     config.stage.max_new_tokens = 264
