@@ -179,7 +179,13 @@ def mmbench_parquet(rows: Sequence[tuple]) -> Rows:
 
 # question, options, answer, category, l2_category
 MMSTAR = [
-    ("Which is in the picture?", ["a red car, parked", "a bus", "a tram: the old one", "none"], "A", "coarse", "scene"),
+    (
+        "Which is in the picture?",
+        ["a red car, parked", "a bus", "a tram, B: the old one", "none"],
+        "A",
+        "coarse",
+        "scene",
+    ),
     ("Is it day? Please answer yes or no.", ["yes", "no", "both", "neither"], "B", "coarse", "scene"),
     ("山上有什么？", ["树", "雪", "人", "无"], "C", "fine", "counting"),
     *(

@@ -62,9 +62,9 @@ PROMPTS = {
         "<image>问题2：哪一个？\nA. 选项red\nB. 选项green\nC. 选项blue",
     ),
     ("mmstar", 0): (
-        "<image>Question: Which is in the picture?\nOptions: A: a red car, parked, B: a bus, C: a tram: the old one, "
-        "D: noneAnswer with the option letter only.",
-        "<image>Which is in the picture?\nA. a red car, parked\nB. a bus\nC. a tram: the old one\nD. none",
+        "<image>Question: Which is in the picture?\nOptions: A: a red car, parked, B: a bus, C: a tram, B: the old one"
+        ", D: noneAnswer with the option letter only.",
+        "<image>Which is in the picture?\nA. a red car, parked\nB. a bus\nC. a tram, B: the old one\nD. none",
     ),
     ("mmstar", 1): (
         "<image>Question: Is it day?\nOptions: A: yes, B: no, C: both, D: neitherAnswer with the option letter only.",
