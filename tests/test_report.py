@@ -264,7 +264,6 @@ def test_records_survive_odd_line_ends(files):
 
 
 def test_images_come_from_the_file_that_was_evaluated(tmp_path):
-    pytest.importorskip("pvm_jax.evals.benchmarks")
     records = [record("pvm", i) for i in range(3)]
     result = write(tmp_path / "pvm", records, "charts")
     rows = [{k: r["question"][k] for k in ("index", "answer")} | {"question": r["question"]["text"]} for r in records]

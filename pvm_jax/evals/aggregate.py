@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pvm_jax.evals.intervals import Z95, share
+from pvm_jax.evals.intervals import Z95, interval, percent, share
 from pvm_jax.evals.protocols import Task
 from pvm_jax.evals.questions import Question, Record
 from pvm_jax.evals.results import ResultError
@@ -219,22 +219,12 @@ def _plain(version: str) -> str:
 # ---- Tables ------------------------------------------------------------------------------------------------------
 
 
-def percent(value: float | None) -> str:
-    """A share in percent with one decimal, as all tables print it."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def interval(score: Mapping[str, Any]) -> str:
-    """`67.3 (64.1-70.4)`, in percent."""
-    return f"{percent(score['value'])} ({percent(score['low'])}-{percent(score['high'])})"
-
-
 def table(summary: Mapping[str, Any]) -> str:
-    """The summary for a terminal; percent, with 95 % intervals."""
+    """The summary for a terminal."""
     seeds = f"{len(summary['seeds'])} seed" + ("s" if len(summary["seeds"]) > 1 else "")
     lines = [
         f"{summary['benchmark']}, {summary['protocol']} version {summary['version']}: {summary['samples']} questions, "
-        f"{seeds}; percent with 95 % intervals"
+        f"{seeds}; with 95 % intervals"
     ]
     rows = [(_mark(name, summary), interval(s), _spread(s), str(s["count"])) for name, s in summary["scores"].items()]
     for label, values in summary["by"].items():
@@ -251,24 +241,6 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 _FAULTS = ("truncated", "unparsed", "broken", "unjudged")
-
-
-def markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Headlines of several benchmarks as a Markdown table; percent, with 95 % intervals."""
-    names = ["benchmark", "protocol", "score", "value (95 % interval)", "spread", "questions", "seeds", *_FAULTS]
-    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    for s in summaries:
-        score = s["scores"][s["metric"]]
-        faults = [percent(s[name]["value"]) for name in _FAULTS]
-        cells = [
-            s["benchmark"],
-            f"{s['protocol']} {s['version']}",
-            s["metric"],
-            interval(score),
-            percent(score["spread"]),
-        ]
-        lines.append("| " + " | ".join([*cells, str(s["samples"]), str(len(s["seeds"])), *faults]) + " |")
-    return "\n".join(lines)
 
 
 def _mark(name: str, summary: Mapping[str, Any]) -> str:

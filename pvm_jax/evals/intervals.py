@@ -1,6 +1,7 @@
 """Shares with their 95 % intervals."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 Z95 = 1.959964
@@ -24,3 +25,15 @@ def share(right: int | float, count: int) -> dict[str, Any]:
     """A share as it stands in result files; without observations its value is None. `right` may be a sum of shares."""
     low, high = wilson(right, count)
     return {"right": right, "count": count, "value": right / count if count else None, "low": low, "high": high}
+
+
+def percent(value: float | None) -> str:
+    """A share as tables print it, `67.3 %`."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(score: Mapping[str, Any] | None) -> str:
+    """A share with its interval, `67.3 % (64.1-70.4)`."""
+    if score is None or score["value"] is None:
+        return "-"
+    return f"{percent(score['value'])} ({100 * score['low']:.1f}-{100 * score['high']:.1f})"

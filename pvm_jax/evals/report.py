@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pvm_jax.data.images import DataError
+from pvm_jax.evals.intervals import interval, percent
 from pvm_jax.evals.pages import Images, write_page
 from pvm_jax.evals.results import ResultError, read_records, read_result
 
@@ -152,17 +153,6 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         shares = [counted(run.summary.get(m)) for m in misses]
         rows.append([run.name, *shown, *shares, _seeds(run, scores[0]), str(run.summary["samples"])])
     return header, rows
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def interval(score: Mapping[str, Any] | None) -> str:
-    """`67.3 % (64.1-70.4)`."""
-    if score is None or score["value"] is None:
-        return "-"
-    return f"{percent(score['value'])} ({100 * score['low']:.1f}-{100 * score['high']:.1f})"
 
 
 def counted(share: Mapping[str, Any] | None) -> str:
