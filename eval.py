@@ -3,11 +3,13 @@
     python eval.py --config=configs/digits_eval.py --workdir=DIR --config.checkpoint=CHECKPOINT
 
 CHECKPOINT is a Hugging Face directory, a native checkpoint or a training workdir. Each entry of `config.evals` names
-a module with `run(evaluation, **options) -> (summary, records, text)`; its text is printed, and `DIR/NAME.json`
+a module with `run(evaluation, **options) -> (summary, records, text)` and perhaps `check(name, **options)`, which is
+called before the model is loaded; the text is printed, and `DIR/NAME.json`
 (summary, and all that decided it) and `DIR/NAME.jsonl` (one record per sample) are written. Several hosts evaluate
 together with the flags of train.py; process 0 writes.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ml_collections import config_flags
 from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import checksum, load_model, open_checkpoint
 from pvm_jax.data.processor import Processor
-from pvm_jax.evals.plugins import Evaluation, find_run
+from pvm_jax.evals.plugins import Evaluation, check_options, find_run
 from pvm_jax.evals.results import ResultError, versions, write_results
 from pvm_jax.sharding import make_mesh
 
@@ -31,6 +33,9 @@ flags.DEFINE_string("workdir", None, "Directory of the results; made if it is no
 flags.mark_flags_as_required(["config", "workdir"])
 distributed.define_flags()
 
+PATIENCE = 86_400.0
+"""Seconds that processes wait for one another between evaluations; one that is lost ends them all much earlier."""
+
 
 def main(argv: list[str]) -> None:
     with distributed.join(**distributed.flag_values()) as cluster:
@@ -40,7 +45,9 @@ def main(argv: list[str]) -> None:
 def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster) -> None:
     # ---- Configuration -------------------------------------------------------------------------------------------
     evaluations = {name: dict(options) for name, options in config["evals"].items()}
-    runs = {name: find_run(options.pop("module"), name) for name, options in evaluations.items()}
+    runs = {name: find_run(options.pop("module", None), name) for name, options in evaluations.items()}
+    for name, options in evaluations.items():
+        check_options(config["evals"][name]["module"], name, options)  # before anything that takes long
     path = config["checkpoint"]
     if path is None:
         raise ResultError("config.checkpoint: expected a model directory; pass --config.checkpoint=DIR")
@@ -55,7 +62,14 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
     # ---- Evaluations ---------------------------------------------------------------------------------------------
     cluster.check_shared(workdir)
     main_process = cluster.index == 0
-    about = {"checkpoint": str(path), "checksum": checksum(path), "dtype": dtype, "versions": versions()}
+    about = {
+        "checkpoint": str(path),
+        "checksum": checksum(path),
+        "dtype": dtype,
+        "config": {key: config[key] for key in ("processor", "mesh")},
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": versions(),
+    }
     for name, run in runs.items():
         evaluation = Evaluation(
             name=name,
@@ -65,7 +79,7 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
             about=about,
             mesh=mesh,
             writes=main_process,
-            barrier=cluster.barrier,
+            barrier=functools.partial(cluster.barrier, limit=PATIENCE),
         )
         summary, records, text = run(evaluation, **evaluations[name])
         if not main_process:

@@ -61,10 +61,11 @@ def entry(benchmark: str, protocol: str) -> dict:
         "max_pixels": placeholder(int),
         "rule": placeholder(str),  # that finds the answer, of pvm_jax.evals.extract
         "rows": 64,  # answers at once
-        "prompt_length": (512, 1024, 2048, 4096, 8192),  # tokens of a prompt; each is a program
-        "patches": (1024, 2048, 4096, 8192, 16_384, 32_768),
+        "prompt_length": (512, 1024, 2048, 4096, 8192, 16_384),  # tokens of a prompt; each is a program
+        "patches": (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
         "threads": 16,
         # A model behind an OpenAI-compatible endpoint, without a base_url nobody; the key's environment variable.
         "judge": {"base_url": placeholder(str), "model": placeholder(str), "key_variable": ""},
+        "random_seed": placeholder(int),  # draws a letter where there is none, as some toolkits do
         "judge_when": "unparsed",  # or "wrong", "all"
     }

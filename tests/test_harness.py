@@ -10,11 +10,15 @@ import time
 import pytest
 import tiny
 
+import configs.eval as eval_config
 from pvm_jax.checkpoint import load_model
+from pvm_jax.data.images import DataError
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals import asking, harness, rescore
+from pvm_jax.evals.extract import final_text
 from pvm_jax.evals.judge import Judge, Judgement
-from pvm_jax.evals.plugins import Evaluation
+from pvm_jax.evals.ledger import Ledger
+from pvm_jax.evals.plugins import Evaluation, find_run
 from pvm_jax.evals.questions import Verdict
 from pvm_jax.evals.results import ResultError, read_records, write_results
 from pvm_jax.sharding import make_mesh
@@ -198,23 +202,45 @@ def test_a_judge_is_asked_and_never_scores_what_it_fails_on(known, processor, fo
     monkeypatch.setattr(Judge, "__call__", judge)
     given = {"path": str(folder / "own.jsonl"), "judge": {"base_url": "http://localhost:1", "model": "x"}}
     prepared = harness.Prepared.of("own", processor, OPTIONS | given | {"judge_when": when})
-    judged = prepared.judged(known)
-    unparsed = sum(record.completion is not None and record.answer is None for record in known)
-    assert len(questions) == {"unparsed": unparsed, "wrong": 9 - len(RIGHT), "all": 9}[when]
-    for before, after in zip(known, judged, strict=True):
-        if before.index not in questions:
-            assert after == before
-        elif before.index == "q1":
-            assert (after.answer, after.right, after.error, after.judge) == (
-                None,
-                False,
-                "it does not answer",
-                "a model",
-            )
-        else:
+    # q1 and q2 as if no rule had found an answer, q3 as if thinking had been cut off.
+    changes = {"q1": {"answer": None}, "q2": {"answer": None}, "q3": {"completion": "<think>", "answer": None}}
+    given = [dataclasses.replace(record, **changes.get(record.index, {})) for record in known]
+    judged = prepared.judged(given)
+    said = {record.index for record in given if final_text(record.completion or "")}
+    right = {record.index for record in given if record.right}
+    wanted = {"unparsed": {"q1", "q2"}, "wrong": said - right, "all": said}[when]
+    assert set(questions) >= {"q1", "q2"} and sorted(questions) == sorted(wanted)
+    for before, after in zip(given, judged, strict=True):
+        if before.index == "q1":
+            assert after == dataclasses.replace(before, error="it does not answer"), "the rule's verdict stays"
+        elif before.index in questions:
             assert after.right and after.judge == "a model" and after.error is None
-    if "q1" in questions:
-        assert prepared.summary(judged)["unjudged"]["right"] == 1
+        else:
+            assert after == before
+    assert prepared.summary(judged)["unjudged"]["right"] == 1
+
+
+def test_what_could_not_be_asked_is_asked_again(known, model, processor, folder, tmp_path):
+    """Both broken questions are asked in every run; a run in which nothing could be asked is an error."""
+    _, records, _ = evaluate(model, processor, folder, tmp_path)
+    assert records == [dataclasses.asdict(record) for record in known]
+    ledger = Ledger(tmp_path, "own", json.loads((tmp_path / "own.run").read_text()), (0,), writes=False)
+    asked = {record.index for record in known} - {record.index for record in ledger.records}
+    assert asked == {f"q{BROKEN}", f"q{LONG}"}
+    with pytest.raises(ResultError, match=r"own: not one question could be asked; the first: .*"):
+        evaluate(model, processor, folder, tmp_path / "short", prompt_length=[8])
+
+
+@pytest.mark.parametrize("name", eval_config.BENCHMARKS)
+def test_configurations_have_the_options_that_there_are(name, tmp_path):
+    (tmp_path / "file.tsv").touch()
+    entry = eval_config.get_config(name).to_dict()["evals"][name]
+    assert find_run(entry.pop("module"), name) is harness.run
+    harness.check(name, **entry | {"path": str(tmp_path / "file.tsv")})
+    with pytest.raises(ResultError, match=rf"config\.evals\.{name}\.path: expected a value"):
+        harness.check(name, **entry)
+    with pytest.raises(DataError, match="no file matches"):
+        harness.check(name, **entry | {"path": str(tmp_path / "none.tsv")})
 
 
 def test_what_cannot_be_used_is_one_sentence(processor, folder):
@@ -223,6 +249,9 @@ def test_what_cannot_be_used_is_one_sentence(processor, folder):
         ({"max_tokens": 3}, r"config\.evals\.own: unknown keys \['max_tokens'\]; expected some of \['benchmark', "),
         ({"path": None}, r"config\.evals\.own\.path: expected a value; pass --config\.evals\.own\.path="),
         ({"rows": 0}, r"config\.evals\.own\.rows: expected at least 1, got 0"),
+        ({"min_pixels": 5000}, r"expected 0 < min_pixels <= max_pixels, got 5000 and 4096"),
+        ({"max_pixels": -1}, r"expected 0 < min_pixels <= max_pixels"),
+        ({"judge": {"url": "x"}}, r"config\.evals\.own\.judge: unknown keys \['url'\]"),
         ({"judge_when": "never"}, r"judge_when: expected one of \['unparsed', 'wrong', 'all'\], got 'never'"),
         ({"rule": "exactly"}, r"config\.evals\.own\.rule: expected one of .*'exact'.*, got 'exactly'"),
     ):
@@ -254,6 +283,7 @@ def test_killed_and_started_again_it_writes_the_same_file(known, small_checkpoin
     run = subprocess.run([*argv, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "answers are there already" in run.stdout
+    assert [path.name for path in workdir.glob("*.json")] == ["own.json"], "what a report is given"
     assert [dataclasses.asdict(r) for r in read_records(records)] == [dataclasses.asdict(r) for r in known]
     result = json.loads((workdir / "own.json").read_text())
     assert result["summary"]["score"] == 3 / 11 and result["versions"]["jax"]

@@ -61,11 +61,11 @@ def test_records_of_another_evaluation_are_refused(tmp_path):
         ResultError, match=r"of another evaluation \(checksum was \"abc\" and is \"xyz\"\); use a new w"
     ):
         opened(tmp_path, WHAT | {"checksum": "xyz"})
-    (tmp_path / "mmstar.run.json").unlink()
-    with pytest.raises(ResultError, match=r"mmstar\.jsonl: expected mmstar\.run\.json beside it"):
+    (tmp_path / "mmstar.run").unlink()
+    with pytest.raises(ResultError, match=r"mmstar\.jsonl: expected mmstar\.run beside it"):
         opened(tmp_path)
-    (tmp_path / "mmstar.run.json").write_text("{")
-    with pytest.raises(ResultError, match=r"mmstar\.run\.json: expected JSON"):
+    (tmp_path / "mmstar.run").write_text("{")
+    with pytest.raises(ResultError, match=r"mmstar\.run: expected JSON"):
         opened(tmp_path)
 
 

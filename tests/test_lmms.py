@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 import pvm_jax
 from pvm_jax.data.digits_task import Spec, make_example
 from pvm_jax.evals import lmms
-from pvm_jax.evals.lmms import PVMJax, answer_of, cut, read_settings
+from pvm_jax.evals.lmms import PVMJax, cut, read_settings
 from pvm_jax.evals.results import ResultError
 
 ROOT = Path(__file__).parents[1]

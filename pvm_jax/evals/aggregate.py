@@ -1,6 +1,6 @@
 """Records -> summary: scores with 95 % intervals, by label and by length; and what did not go as it should.
 
-    summary = aggregate(task, expected_keys(benchmark, task.seeds), records)
+    summary = aggregate(task, expected_keys(benchmark.name, benchmark, task.seeds), records)
     summary["score"], summary["scores"]["accuracy"]["low"], summary["truncated"]["value"]
 
 Every key must be there exactly once. Names of scores:
@@ -9,6 +9,7 @@ Every key must be there exactly once. Names of scores:
     macro l2_category   the mean, over the values of a label, of their accuracies
     circular            MMBench: questions whose index is alike modulo 1,000,000 are one question with its options
                         rolled; it is right if all of them are
+    plain               MMBench: accuracy over the questions as they were before their options were rolled
     vision              MathVerse: accuracy over the versions that need the image
 
 A question answered under several seeds is one observation, its share of right answers; intervals are over questions,
@@ -112,6 +113,8 @@ def _scores(task: Task, records: Sequence[Record], seeds: Sequence[int]) -> dict
         if groups:
             scores[f"macro {label}"] = _macro_score(groups, seeds)
     if task.benchmark in ("mmbench_en", "mmbench_cn"):
+        originals = {index: rights for index, rights in questions.items() if not index.isdecimal() or int(index) < ROLL}
+        scores["plain"] = _score(originals, seeds, _accuracy)
         scores["circular"] = _score(_circular(questions), seeds, _accuracy)
     versions = _labelled(records, "problem_version")
     vision = [r for version, rows in versions.items() if _plain(version) in VISION for r in rows]

@@ -64,10 +64,18 @@ def open_tables(files: str | Path | Sequence[str | Path]) -> list[Table]:
     Raises:
       DataError: there is none, or one that cannot be read.
     """
-    patterns = [files] if isinstance(files, str | Path) else list(files)
-    paths = [path for pattern in patterns for path in _expand(Path(pattern).expanduser())]
     groups = RowGroups(_CACHE)
-    return [_open(path, groups) for path in paths]
+    return [_open(path, groups) for path in table_paths(files)]
+
+
+def table_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that paths, folders and glob patterns stand for.
+
+    Raises:
+      DataError: one stands for none.
+    """
+    patterns = [files] if isinstance(files, str | Path) else list(files)
+    return [path for pattern in patterns for path in _expand(Path(pattern).expanduser())]
 
 
 def is_image(column: str) -> bool:
@@ -113,7 +121,7 @@ class TsvTable:
         starts, self._texts, self._widths = [], [], {}
         with open(path, "rb") as file:
             lines = _Lines(file)
-            reader = csv.reader(lines, delimiter="\t")
+            reader = csv.reader(lines, delimiter="\t", strict=True)  # an unclosed quote would swallow the rest
             try:
                 self.columns = tuple(next(reader, ()))
                 starts.append(lines.position)

@@ -19,7 +19,7 @@ from typing import Any
 from pvm_jax.data.images import DataError
 from pvm_jax.evals.questions import Question
 
-_INDEX = ("index", "sample_index", "id", "question_id", "qid")
+INDEX = ("index", "sample_index", "id", "question_id", "qid")
 _L2 = ("l2_category", "l2-category", "L2-category")
 _LETTERS = tuple(string.ascii_uppercase)
 _CHOICES = re.compile(r"\n\s*(?:Choices?|Options?):\s*\n?(?=\(?A\)?\s*[.:])", re.IGNORECASE)
@@ -76,6 +76,8 @@ def _mmmu(row: Row, layout: str) -> Row:
     """The subject stands in `validation_Art_Theory_3`; several right answers are a list."""
     subject = re.fullmatch(r"[a-z]+_(.+)_[0-9]+", str(row.get("id", "")))
     answer = row.get("answer")
+    if answer == "?":  # of the test split, not published
+        row = {**row, "answer": ""}
     if isinstance(answer, str) and answer.startswith("["):
         row = _several({**row, "answer": literal(answer)}, layout)
     return row if subject is None else {**row, "subject": subject[1]}
@@ -84,8 +86,10 @@ def _mmmu(row: Row, layout: str) -> Row:
 def _several(row: Row, layout: str) -> Row:
     """A list of answers: any of them is right."""
     answers = row.get("answer")
-    if not isinstance(answers, list) or not answers:
+    if not isinstance(answers, list):
         return row
+    if not answers:
+        return {**row, "answer": ""}
     return {**row, "answer": answers[0], "answers": json.dumps([_text(a) for a in answers], ensure_ascii=False)}
 
 
@@ -216,9 +220,9 @@ def filled(row: Row) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not _is_empty(value)}
 
 
-def index_of(row: Row, default: int) -> str:
+def index_of(row: Row, default: str) -> str:
     """What tells the row from others of its benchmark."""
-    return next((_text(row[name]) for name in _INDEX if name in row), str(default))
+    return next((_text(row[name]) for name in INDEX if name in row), default)
 
 
 def read_question(kind: Kind, layout: str, row: Row, index: str, images: Sequence[Any]) -> Question:
@@ -226,6 +230,8 @@ def read_question(kind: Kind, layout: str, row: Row, index: str, images: Sequenc
     row = filled(kind.adapt(row, layout))
     text = _text(row.get("question", ""))
     options = _options(row)
+    if "answers" in row:
+        row["answers"] = json.dumps([_answer({"answer": a}, options) for a in json.loads(row["answers"])])
     if not text and not row.get("question_for_eval"):
         raise DataError("question: expected text, the cell is empty")
     return Question(
@@ -309,7 +315,7 @@ def literal(value: Any) -> Any:
     for parse in (ast.literal_eval, json.loads):
         try:
             return parse(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return value
 

@@ -73,7 +73,9 @@ class Benchmark(Sequence[Question]):
         for position, (number, row) in enumerate(self._rows):
             table = self._tables[number]
             cells = rows.filled(table.text(row))
-            index = rows.index_of(cells, position)
+            # In a file with indices, the place of a row without one could be another row's.
+            has_own = any(column in table.columns for column in rows.INDEX) or table.problem(row)
+            index = rows.index_of(cells, f"row {position}" if has_own else str(position))
             if index in self._places:
                 raise DataError(
                     f"{table.where(row)}: index {index!r} is that of {self.where(index)} too; every row needs its own"
@@ -114,7 +116,7 @@ class Benchmark(Sequence[Question]):
 
 
 class _Images(Sequence[Any]):
-    """Images that are read when they are first looked at, and then kept as long as whoever looks at them."""
+    """Images that are read from their file whenever they are looked at."""
 
     def __init__(self, read: Callable[[], list[Any]]):
         self._read = read
@@ -143,13 +145,15 @@ def open_benchmark(name: str, files: str | Path | Sequence[str | Path], split: s
       DataError: a file that cannot be read or is not what its name says, no rows, two rows with one index, or not a
         single row that can be used.
     """
-    kind = _kind(name)
+    kind = benchmark_kind(name)
     tables = open_tables(files)
+    kept = _kept(tables, split)
+    used = sorted({number for number, _ in kept})
+    tables, kept = [tables[number] for number in used], [(used.index(number), row) for number, row in kept]
     layouts = (FILE if kind == "file" else KINDS[kind]).layouts
-    names = {_layout(name, layouts, table).name for table in tables if len(table)}
+    names = {_layout(name, layouts, table).name for table in tables}
     if len(names) > 1:
         raise DataError(f"{tables[0].path}: expected files of one layout, got {' and '.join(sorted(names))}")
-    kept = _kept(tables, split)
     benchmark = Benchmark(name.removeprefix(FILE_PREFIX), kind, *names, split, tables, kept)
     if len(benchmark.broken) == len(benchmark):
         first = next(iter(benchmark.broken.values()))
@@ -159,7 +163,8 @@ def open_benchmark(name: str, files: str | Path | Sequence[str | Path], split: s
     return benchmark
 
 
-def _kind(name: str) -> str:
+def benchmark_kind(name: str) -> str:
+    """The key of KINDS, or "file", that a name stands for; raises ResultError for one that is not known."""
     if name.startswith(FILE_PREFIX):
         own = name.removeprefix(FILE_PREFIX)
         if not re.fullmatch(r"[\w.-]+", own) or own in KINDS:

@@ -15,14 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals import aggregate, protocols
 from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
-from pvm_jax.evals.benchmarks import Benchmark, open_benchmark
-from pvm_jax.evals.extract import RULES
+from pvm_jax.evals.benchmark_files import table_paths
+from pvm_jax.evals.benchmarks import Benchmark, benchmark_kind, open_benchmark
+from pvm_jax.evals.extract import RULES, final_text
 from pvm_jax.evals.judge import Judge
 from pvm_jax.evals.ledger import Ledger
 from pvm_jax.evals.plugins import Evaluation
@@ -50,6 +52,7 @@ class Options:
       seeds: how many answers to each question; None: as the protocol says.
       limit: the first so many questions; None: all.
       max_new_tokens, temperature, min_pixels, max_pixels, rule: instead of the protocol's; the result says which.
+      random_seed: draws a letter where the rule finds none, as some toolkits do; None: such an answer is wrong.
       judge: fields of `judge.Judge`; None, or no base_url: rules alone.
       judge_when: what the judge is asked about: a key of JUDGED.
       rows, prompt_length, patches, threads: see `Shapes`.
@@ -66,6 +69,7 @@ class Options:
     min_pixels: int | None = None
     max_pixels: int | None = None
     rule: str | None = None
+    random_seed: int | None = None
     judge: Mapping[str, Any] | None = None
     judge_when: str = "unparsed"
     rows: int = 32
@@ -100,13 +104,17 @@ class Options:
             raise ResultError(f"config.evals.{name}.judge: unknown keys {unknown}; expected some of {sorted(judge)}")
         return cls(**{key: value for key, value in given.items() if value is not None})
 
+    def make_judge(self) -> Judge | None:
+        judge = {key: value for key, value in (self.judge or {}).items() if value is not None}
+        return Judge(**{"model": ""} | judge) if judge.get("base_url") else None
+
     @property
     def shapes(self) -> Shapes:
         return Shapes(self.rows, tuple(self.prompt_length), tuple(self.patches), self.threads)
 
     def task(self, kind: str) -> Task:
         """The protocol's task, with what these options change."""
-        task = protocols.task(self.protocol, kind)
+        task = protocols.task(self.protocol, kind, self.random_seed)
         changes = {key: getattr(self, key) for key in ("max_new_tokens", "min_pixels", "max_pixels", "rule")}
         if self.seeds is not None:
             changes["seeds"] = tuple(range(self.seeds))
@@ -132,7 +140,12 @@ class Prepared:
         task = options.task(benchmark.kind)
         limits = {"min_pixels": task.min_pixels, "max_pixels": task.max_pixels}
         images = dataclasses.replace(processor.images, **{k: v for k, v in limits.items() if v is not None})
-        judge = Judge(**options.judge) if (options.judge or {}).get("base_url") else None
+        if not 0 < images.min_pixels <= images.max_pixels:
+            raise ResultError(
+                f"config.evals.{name}: expected 0 < min_pixels <= max_pixels, got {images.min_pixels} and "
+                f"{images.max_pixels} (the protocol's or the checkpoint's where none is given)"
+            )
+        judge = options.make_judge()
         return cls(options, benchmark, task, dataclasses.replace(processor, images=images), judge)
 
     @property
@@ -152,18 +165,19 @@ class Prepared:
             yield from answers(model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade)
 
     def judged(self, records: Sequence[Record]) -> list[Record]:
-        """The records with the judge's verdicts; one that it fails on is marked with why, and counts as wrong."""
+        """The records with the judge's verdicts; where it fails, the rule's stays, and the record says why."""
         if self.judge is None:
             return list(records)
         with ThreadPoolExecutor(self.options.threads, "judge") as pool:
             return list(pool.map(self._judged, records))
 
     def _judged(self, record: Record) -> Record:
-        if record.completion is None or not JUDGED[self.options.judge_when](record):
-            return record
+        if not final_text(record.completion or "") or not JUDGED[self.options.judge_when](record):
+            return record  # where there is nothing to judge, nobody is asked
         said = self.judge(Question(**record.question), record.completion)
-        verdict = dataclasses.asdict(said.verdict)
-        return dataclasses.replace(record, **verdict, error=said.error, judge=said.model)
+        if said.error:
+            return dataclasses.replace(record, error=said.error)
+        return dataclasses.replace(record, **dataclasses.asdict(said.verdict), error=None, judge=said.model)
 
     def about(self) -> dict[str, Any]:
         """All that decides the records but the checkpoint, as plain values."""
@@ -196,6 +210,21 @@ class Prepared:
         return sorted(records, key=lambda record: (places[record.index], record.seed))
 
 
+def check(name: str, **options: Any) -> None:
+    """What is wrong with `config.evals.NAME`, as far as that can be said without reading the questions.
+
+    Raises:
+      ResultError, DataError, JudgeError, GradingError: one sentence.
+    """
+    given = Options.of(name, options)
+    given.task(benchmark_kind(given.benchmark))
+    table_paths(given.path)
+    if judge := given.make_judge():
+        judge.check()
+    with closing(Grader(children=1)) as grader:
+        grader.grade(["x+1"], ["1+x"])  # a grader that is not installed says so
+
+
 def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
     """What eval.py calls: asks what is not answered yet; summary, records and table. `options` are `Options`."""
     prepared = Prepared.of(evaluation.name, evaluation.processor, options)
@@ -214,6 +243,8 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
             records = prepared.judged(records)
             progress.add(records)
         ledger.add(records)
+    if all(record.completion is None for record in ledger.records):
+        raise ResultError(f"{evaluation.name}: not one question could be asked; the first: {ledger.records[0].error}")
     summary = prepared.summary(ledger.records)
     records = [dataclasses.asdict(record) for record in prepared.in_order(ledger.records)]
     return summary, records, aggregate.table(summary)
@@ -224,7 +255,9 @@ def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module
     prepared = Prepared.of("NAME", processor, options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
-        records = prepared.judged([record for batch in prepared.answers(model) for record in batch])
+        records = [record for batch in prepared.answers(model) for record in batch]
+        if jax.process_index() == 0:  # which logs
+            records = prepared.judged(records)
         summary = prepared.summary(records)
         found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
         found |= {

@@ -118,6 +118,10 @@ class Judge:
                     break
         return Judgement(Verdict(None, False), self.model, error)
 
+    def check(self) -> None:
+        """Raises JudgeError if the environment variable that should hold the key is not set."""
+        self._headers()
+
     def _body(self, question: Question, answer: str) -> bytes:
         options = "".join(f"\n{letter}. {text}" for letter, text in question.options.items())
         gold = question.answer

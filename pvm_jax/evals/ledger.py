@@ -1,6 +1,6 @@
 """The records of an evaluation while it runs: nothing that was generated is lost to a kill, nothing is counted twice.
 
-`NAME.run.json` says what is being measured; `NAME.jsonl` has one record a line, in the order in which they came, each
+`NAME.run` says what is being measured; `NAME.jsonl` has one record a line, in the order in which they came, each
 batch of them on disk before the next begins. Started again, an evaluation goes on behind the last whole question, if it
 is the same one. At the end the file is written again in the order of the benchmark, so that it is the same however
 often the evaluation was interrupted.
@@ -35,7 +35,7 @@ class Ledger:
         Raises:
           ResultError: the workdir holds records of something else, or of no evaluation.
         """
-        self.path, self._run = workdir / f"{name}.jsonl", workdir / f"{name}.run.json"
+        self.path, self._run = workdir / f"{name}.jsonl", workdir / f"{name}.run"
         self._writes = writes
         identity = json.loads(json.dumps(identity))
         self.records: list[Record] = []
@@ -80,11 +80,16 @@ def _line(record: Record) -> str:
 
 
 def _whole(records: Sequence[Record], seeds: Sequence[int]) -> list[Record]:
-    """The records of questions that have one for each seed."""
+    """The records of questions that have one for each seed; those that could not be asked are asked again."""
+    if len({record.key for record in records}) < len(records):
+        raise ResultError(
+            f"{records[0].benchmark}: a question has two records; did two evaluations write to one workdir?"
+        )
     answered: dict[str, set[int]] = {}
     for record in records:
         answered.setdefault(record.index, set()).add(record.seed)
-    return [record for record in records if answered[record.index] == set(seeds)]
+    broken = {record.index for record in records if record.completion is None}
+    return [r for r in records if r.index not in broken and answered[r.index] == set(seeds)]
 
 
 def _short(value: Any) -> str:

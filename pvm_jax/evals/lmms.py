@@ -28,12 +28,12 @@ from absl import logging
 from PIL import ImageFile
 from tqdm import tqdm
 
-from pvm_jax.answers import final_answer
 from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.data.images import DataError
 from pvm_jax.data.packing import Encoded
 from pvm_jax.data.processor import Processor
 from pvm_jax.decoding import complete
+from pvm_jax.evals.extract import final_text
 from pvm_jax.evals.lmms_plugin import NAME
 from pvm_jax.evals.results import ResultError
 from pvm_jax.generate import make_batch
@@ -142,8 +142,8 @@ class PVMJax(_Base):
       min_pixels, max_pixels: of an image after the resize; 0: as the checkpoint says.
       system_prompt: stands before every conversation; empty: none.
       max_new_tokens: for tasks that do not say.
-      text: "all": the whole output goes to the task; "answer": only what stands in the last `<answer>`, or else behind
-        the last `</think>`, for tasks whose extraction knows no such tags.
+      text: "all": the whole output goes to the task; "answer": without thinking, and of the last `<answer>` only what
+        is in it (`extract.final_text`), for tasks whose extraction knows no such tags.
       seed: of everything that is drawn.
       data, fsdp, tensor: the mesh; -1: the devices that are left.
         (Numbers may be floats: lmms-eval reads "-1" as one.)
@@ -284,7 +284,7 @@ class PVMJax(_Base):
             ids = made.tokens[row, : length - int(made.stopped[row])]
             text = cut(self.processor.decode(ids), settings.until)
             counts = {"input_tokens": len(prompt.tokens), "output_tokens": length}
-            yield job, (answer_of(text) if self.text == "answer" else text, counts)
+            yield job, (final_text(text) if self.text == "answer" else text, counts)
 
 
 @contextlib.contextmanager
@@ -296,12 +296,6 @@ def _whole_images() -> Iterator[None]:
         yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def answer_of(text: str) -> str:
-    """What stands in the last `<answer>`, or else behind the last `</think>`, or else all; stripped."""
-    answer = final_answer(text)
-    return text.rpartition("</think>")[2].strip() if answer is None else answer
 
 
 def _generation_config(directory: Path) -> dict[str, Any]:

@@ -40,12 +40,21 @@ class Evaluation:
     barrier: Callable[[str], None] = _alone
 
 
-def find_run(module: str, name: str) -> Callable[..., Any]:
+def check_options(module: str, name: str, options: Mapping[str, Any]) -> None:
+    """Has the module look at its options, if it has a function `check` for that; whatever it raises passes through."""
+    check = getattr(importlib.import_module(module), "check", None)
+    if check is not None:
+        check(name, **options)
+
+
+def find_run(module: str | None, name: str) -> Callable[..., Any]:
     """`run` of the module that `config.evals.NAME.module` names.
 
     Raises:
       ResultError: there is no such module or function.
     """
+    if not module:
+        raise ResultError(f"config.evals.{name}.module: expected the name of a Python module")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -149,9 +149,12 @@ def _mathverse(question: Question) -> str:
     return f"Please directly answer the question and provide {answer}\nQuestion: {question.text}".strip()
 
 
+_MATHVISION = "Answer the question with the option's letter from the given choices directly."
+
+
 def _mathvision(question: Question) -> str:
     start = f'Please solve the problem step by step and put your answer in one "\\boxed{{}}".{question.text}'
-    return f"{start}\nChoices: {_lines(question)}\n{_LETTER}" if question.options else start
+    return f"{start}\nChoices: {_lines(question)}\n{_MATHVISION}" if question.options else start
 
 
 def _ai2d(question: Question) -> str:
@@ -183,7 +186,7 @@ LMMS: Mapping[str, LmmsPrompt] = {
     "mathvision": LmmsPrompt(
         'Please solve the problem step by step and put your answer in one "\\boxed{}".{question}\nChoices: '
         + _OPTIONS
-        + f"\n{_LETTER}; of open questions the first line alone",
+        + f"\n{_MATHVISION}; of open questions the first line alone",
         _mathvision,
     ),
     "ai2d": LmmsPrompt("{question}\n" + _OPTIONS + f"\n{_LETTER}", _ai2d),

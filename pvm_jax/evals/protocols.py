@@ -87,7 +87,8 @@ class Task:
         Raises:
           DataError: an image that is not there.
         """
-        user = {"role": "user", "content": self.content(question, list(question.images))}
+        images = list(iter(question.images))  # of the sequence itself `list` would ask its length, which reads them too
+        user = {"role": "user", "content": self.content(question, images)}
         return [{"role": "system", "content": self.system}, user] if self.system else [user]
 
     def prompt(self, question: Question) -> str:

@@ -130,6 +130,12 @@ def _check_comparable(benchmark: str, runs: Sequence[Run]) -> None:
             )
         if run.name in [other.name for other in runs[:i]]:
             raise ResultError(f"{benchmark}: expected runs of different names, found {run.name!r} twice; pass --names")
+        differing = [key for key, value in _decisive(run).items() if value != _decisive(first)[key]]
+        if differing:
+            raise ResultError(
+                f"{benchmark}: expected runs with the same settings, but {', '.join(differing)} of {run.path} is not "
+                f"that of {first.path}; report them apart"
+            )
         asked = {index: record["question"] for (index, _), record in first.records.items()}
         for (index, _), record in run.records.items():
             theirs, ours = asked.get(index), record["question"]
@@ -138,6 +144,14 @@ def _check_comparable(benchmark: str, runs: Sequence[Run]) -> None:
                     f"{benchmark}: expected the same questions in every run, but {index!r} in {run.path} is not that "
                     f"of {first.path}; were they measured on different files?"
                 )
+
+
+def _decisive(run: Run) -> dict[str, Any]:
+    """What runs must have in common so that a difference is one of the models; pixels may be a checkpoint's own."""
+    task, data = run.summary.get("task", {}), run.summary.get("data", {})
+    names = ("rule", "max_new_tokens", "sampling", "seeds", "stop", "random_seed")
+    found = {name: task.get(name) for name in names} | {name: data.get(name) for name in ("split", "limit")}
+    return found | {"judge": run.summary.get("judge")}
 
 
 def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

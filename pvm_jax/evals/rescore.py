@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pvm_jax.evals import aggregate, protocols
+from pvm_jax.evals.extract import RULES
 from pvm_jax.evals.protocols import Task
 from pvm_jax.evals.questions import Question, Record
 from pvm_jax.evals.results import ResultError, read_records, read_result, versions, write_results
@@ -34,7 +35,7 @@ def rescore(path: str | Path, rule: str | None = None) -> tuple[dict[str, Any], 
     summary = result["summary"]
     if "task" not in summary:
         raise ResultError(f"{path}: expected the result of a benchmark (pvm_jax.evals.harness)")
-    task = protocols.task(summary["protocol"], summary["task"]["benchmark"])
+    task = protocols.task(summary["protocol"], summary["task"]["benchmark"], summary["task"]["random_seed"])
     task = dataclasses.replace(task, seeds=tuple(summary["task"]["seeds"]), rule=rule or summary["task"]["rule"])
     records = read_records(path.with_suffix(".jsonl"))
     found, questions = len({record.index for record in records}), summary["data"]["questions"]
@@ -70,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Scores the records of an evaluation again.")
     parser.add_argument("file", help="NAME.json of a benchmark that eval.py wrote; NAME.jsonl lies beside it")
     parser.add_argument("--out", required=True, help="folder of the new NAME.json and NAME.jsonl")
-    parser.add_argument("--rule", help="of pvm_jax.evals.extract; default: the one that was used")
+    parser.add_argument("--rule", choices=sorted(RULES), help="default: the one that was used")
     options = parser.parse_args(args)
     path = Path(options.file)
     try:

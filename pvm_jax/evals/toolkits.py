@@ -162,7 +162,10 @@ def mathvision(question: Question, text: str, grade: Grade | None = None) -> Ver
         golds.append(question.options.get(question.answer.strip().upper(), ""))
     letter = answer.upper()
     right = any(gold and _close(answer, gold, grade) for gold in golds)
-    return Verdict(letter if letter in question.options else answer, right)
+    if letter in question.options:
+        return Verdict(letter, right)
+    names_one = right or any(_close(answer, text, grade) for text in question.options.values())
+    return Verdict(answer, right) if names_one or not question.options else Verdict(None, False)
 
 
 def _mathvision_answer(text: str) -> str:
