@@ -28,7 +28,7 @@ from pvm_jax.sampling import Sampling
 from pvm_jax.sharding import make_mesh
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.policy_loss import PolicyBatch
-from pvm_jax.training.rollout import Shapes, draw
+from pvm_jax.training.rollout import Shapes, draw, learning_batch
 from pvm_jax.training.setup import Blueprint, ModelOptions, load_stage
 from pvm_jax.training.stage import Setup
 from pvm_jax.training.step import compiled, init_state, make_update, put_batch
@@ -152,9 +152,10 @@ class Step:
 
     def gradient_norm(self) -> tuple[PolicyBatch, float]:
         """Of the completions of the last step, and these; with random advantages, as rewards may all be the same."""
-        random = np.random.default_rng(0).standard_normal((len(self.batch.advantages), 1), np.float32)
-        learned = self.batch.batch.loss_weights > 0
-        batch = dataclasses.replace(self.batch, advantages=np.where(learned, random, 0))
+        shapes = dataclasses.replace(self.stage._shapes, pack=False)  # a completion a row, all of them
+        whole, *_ = learning_batch(self.stage._now[0], shapes, range, indifferent=True)
+        random = np.random.default_rng(0).standard_normal((len(whole.advantages), 1), np.float32)
+        batch = dataclasses.replace(whole, advantages=np.where(whole.batch.loss_weights > 0, random, 0))
         self.state, metrics = self.update(self.state, self.frozen, put_batch(batch, self.mesh, 1))
         return batch, float(metrics["grad_norm"][0])
 

@@ -1,6 +1,6 @@
 """GRPO on the tiny digits model, from the result of configs/digits_sft.py.
 
-Launch, from the repository's root (`make demo` first, or the commands of configs/digits_sft.py):
+Launch, from the repository's root: `make demo-grpo`, or, from the result of the commands of configs/digits_sft.py,
     python train.py --config=configs/digits_grpo.py --workdir=runs/digits-grpo --config.model.path=runs/digits-sft
     python eval.py --config=configs/digits_eval.py --workdir=runs/eval-grpo --config.checkpoint=runs/digits-grpo
 

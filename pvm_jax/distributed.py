@@ -21,6 +21,7 @@ With one process everything here is free: barriers return, exchanges give back t
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -238,8 +239,8 @@ class Cluster:
 
     def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool]) -> list[str]:
         """`exchange` for the data of successive steps: whoever completes one knows that all have read the one before,
-        and forgets it."""
-        texts = self.exchange(f"batch/{step}", text, cancelled=cancelled)
+        and forgets it. Without a time limit: rewards may take their time, and who is lost ends all (`_watch`)."""
+        texts = self.exchange(f"batch/{step}", text, limit=math.inf, cancelled=cancelled)
         if self.count > 1:
             _store().key_value_delete(f"{_ROOT}/batch/{step - 1}/{self.index}")
         return texts

@@ -199,13 +199,13 @@ def chosen(steps: list[Step], name: str | None) -> list[Step]:
     Raises:
       PlanError: there is none.
     """
-    found = [step for step in steps if name is None or step.name.endswith(name)]
+    found = [step for step in steps if name is None or step.name.split()[-1] == name]
     if not found:
         raise PlanError(f"--program={name}: expected the last word of one of {[step.name for step in steps]}")
     return found
 
 
-def _gib(size: float) -> str:
+def _gib(size: float | int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 100 else f"{size / 2**20:.2f} MiB"
 
 

@@ -19,7 +19,7 @@ from grpo_stages import LIMIT, make
 from test_multihost import Pair
 from training_runs import Setting, without_speeds
 
-from pvm_jax.checkpoint import load_model
+from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.decoding import Completions
 from pvm_jax.distributed import PREEMPTED
 from pvm_jax.models import Qwen3VL

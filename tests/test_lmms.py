@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 import pvm_jax
 from pvm_jax.data.digits_task import Spec, make_example
 from pvm_jax.evals import lmms
+from pvm_jax.evals.extract import final_text
 from pvm_jax.evals.lmms import PVMJax, cut, read_settings
 from pvm_jax.evals.results import ResultError
 
@@ -93,9 +94,9 @@ def test_settings_of_tasks_and_checkpoints():
 
 
 def test_text_that_goes_to_the_task():
-    assert answer_of("<think>A or B</think>\n<answer> B </answer>") == "B"
-    assert answer_of("<think>A or B</think>\n B") == "B"
-    assert answer_of(" B") == "B"
+    assert final_text("<think>A or B</think>\n<answer> B </answer>") == "B"
+    assert final_text("<think>A or B</think>\n B") == "B"
+    assert final_text(" B") == "B"
 
 
 def test_messages():

@@ -59,15 +59,21 @@ def test_bytes_of_8b_on_8_devices_by_hand():
     assert least["prefill"].cache == pytest.approx((8 + 1) * 2112 * token + memory * 9 / 8, rel=0.001)
     # fp32 and two moments of all but the tower, another copy in bf16 while completions are drawn, the tower in bf16.
     step = found["update"]
-    tower = sum(x.size for x in step.frozen.values()) / 8
-    policy = sum(x.size for x in step.state.trainable.values()) / 8
-    assert policy == pytest.approx(8.19e9 / 8, rel=0.01)
+    assert sum(x.size for x in step.state.trainable.values()) == 8_218_657_539
+    assert sum(x.size for x in step.frozen.values()) == 576_388_336
     assert all(name.startswith("visual/") for name in step.frozen)
-    # What has no axis that is split lies whole on every device: 4 %.
-    assert least["decode"].weights == pytest.approx(6 * policy + 2 * tower, rel=0.05)
-    assert least["decode"].optimizer == pytest.approx(8 * policy, rel=0.05)
-    assert least["update"].weights == pytest.approx(4 * policy + 2 * tower, rel=0.05)
-    assert least["update"].optimizer == pytest.approx(12 * policy, rel=0.05)
+    # Whole on every device: norms of queries and keys, and what of a branch has no side of the decoder's width; of the
+    # tower fc1, its bias and the norm of four mergers (the first one's norm is 1,152 wide), and the blocks' biases.
+    whole = 36 * 2 * 128 + (27_922_179 - 3 * 3 * 512 * 4096)
+    policy = (8_218_657_539 - whole) // 8 + whole
+    whole = 4 * 4608 * (4608 + 1) + 3 * 2 * 4608 + 2 * 1152 + 27 * (3 * 1152 + 4304)
+    tower = (576_388_336 - whole) // 8 + whole
+    # Vectors stay in fp32 and are not copied: two norms a layer and the last, which are split; those above; gates.
+    vectors = (36 * 2 + 1) * 4096 // 8 + 36 * 2 * 128 + 3 * (2 * 512 + 2 * 128 + 1)
+    assert least["decode"].weights == 6 * policy + 2 * tower - 2 * vectors
+    assert least["decode"].optimizer == 8 * policy
+    assert least["update"].weights == 4 * policy + 2 * tower
+    assert least["update"].optimizer == pytest.approx(12 * policy, abs=100)  # counters
     assert least["update"].layer_inputs == 2 * 18_432 * 4096 * (36 + 1)
     for name in ("prefill", "growth", "decode"):
         assert (least[name].weights, least[name].optimizer) == (least["decode"].weights, least["decode"].optimizer)
@@ -185,7 +191,8 @@ def test_the_heads_gradient_is_summed_over_devices_once(small_checkpoint):
         program = Program(named(recipe)["update"].trace().lower().compile().as_text())
         return sum(program.collectives().get(kind, 0) for kind in ("all-reduce", "reduce-scatter"))
 
-    assert summed(64) - summed(128) < 1000
+    once = summed(128)
+    assert once > 60_000 and summed(64) - once < 1000
 
 
 def small(checkpoint: Path, mesh, platform: str, length: int, patches: int) -> Recipe:

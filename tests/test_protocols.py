@@ -20,6 +20,7 @@ THINK = (
     "between <answer> and </answer>."
 )
 LETTER = "Answer with the option's letter from the given choices directly."
+MATHVISION = "Answer the question with the option's letter from the given choices directly."
 
 # Benchmark, position in its file: prompts of lmms_default, of pvm_reasoning without its last line, and of plain too.
 PROMPTS = {
@@ -111,7 +112,7 @@ PROMPTS = {
     ),
     ("mathvision", 0): (
         '<image>Please solve the problem step by step and put your answer in one "\\boxed{}".Which piece fits?\n'
-        "<image1>\nChoices: A. A\nB. B\nC. C\nD. D\nE. E\n" + LETTER,
+        "<image1>\nChoices: A. A\nB. B\nC. C\nD. D\nE. E\n" + MATHVISION,
         "Which piece fits?\n<image>\nA. A\nB. B\nC. C\nD. D\nE. E",
     ),
     ("mathvision", 1): (
@@ -120,7 +121,7 @@ PROMPTS = {
     ),
     ("mathvision", 2): (
         '<image>Please solve the problem step by step and put your answer in one "\\boxed{}".What is $\\frac{1}{2}$ of '
-        "it?\nChoices: A. $\\frac{1}{4}$\nB. $\\frac{1}{3}$\nC. $\\sqrt{2}$\nD. 1\n" + LETTER,
+        "it?\nChoices: A. $\\frac{1}{4}$\nB. $\\frac{1}{3}$\nC. $\\sqrt{2}$\nD. 1\n" + MATHVISION,
         "<image>What is $\\frac{1}{2}$ of it?\nA. $\\frac{1}{4}$\nB. $\\frac{1}{3}$\nC. $\\sqrt{2}$\nD. 1",
     ),
     ("ai2d", 0): (

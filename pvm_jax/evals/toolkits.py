@@ -164,8 +164,9 @@ def mathvision(question: Question, text: str, grade: Grade | None = None) -> Ver
     right = any(gold and _close(answer, gold, grade) for gold in golds)
     if letter in question.options:
         return Verdict(letter, right)
-    names_one = right or any(_close(answer, text, grade) for text in question.options.values())
-    return Verdict(answer, right) if names_one or not question.options else Verdict(None, False)
+    found = right or not question.options or free_answers.number(answer) is not None
+    found = found or any(_close(answer, option, grade) for option in question.options.values())
+    return Verdict(answer, right) if found else Verdict(None, False)
 
 
 def _mathvision_answer(text: str) -> str:

@@ -63,7 +63,8 @@ class Program:
         """The compiler's estimate of a device's cycles; kernels are not in it. 0 where it gives none."""
         found = ((times, _CYCLES.search(line)) for line, times in self._instructions())
         # What runs on SparseCores has the largest 64-bit number in this place.
-        return sum(times * int(cycles[1]) for times, cycles in found if cycles and int(cycles[1]) != 2**63 - 1)
+        counted = (times * int(cycles[1]) for times, cycles in found if cycles and int(cycles[1]) != 2**63 - 1)
+        return float(sum(counted))
 
     def flops(self) -> float:
         """Of a device's matrix products; those in kernels and in libraries' calls are not in it."""

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from pvm_jax.config import ModelConfig
@@ -81,14 +80,6 @@ class Partition:
         values = {**frozen, **trainable}
         pairs = [(self._paths[n], variable.replace(values[n])) for n, variable in self._variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(pairs))
-
-
-def cast(trainable: Arrays, frozen: Arrays, frozen_dtype: Any) -> tuple[Arrays, Arrays]:
-    """Trainable parameters in fp32, which small updates need; frozen ones in the dtype they are computed in."""
-    return (
-        {name: jnp.asarray(value, jnp.float32) for name, value in trainable.items()},
-        {name: jnp.asarray(value, frozen_dtype) for name, value in frozen.items()},
-    )
 
 
 def describe(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:

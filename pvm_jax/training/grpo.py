@@ -11,6 +11,9 @@ A step of the loop is one optimizer step. Every `iterations` steps there is a ro
 The distribution that is scored is the one that was sampled from: the same temperature, the same ids left out (vision
 tokens and the padding of the vocabulary). `sampler_gap` is the mean distance of the two log-probabilities of a token.
 
+Completions with advantage 0, those of groups that all got the same reward, are left out of step 4 where they change
+nothing (not with `beta`, nor for bnpo). What the devices log of tokens (entropy, sampler_gap, ratios) is of the others.
+
 Settings are those that the public PVM release resolves to (TRL's defaults where it says nothing): 8 x 8, temperature 1,
 dapo, epsilon 0.2, no KL term, completions that were cut off teach nothing.
 
@@ -54,6 +57,13 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
         raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
     if missing := sorted({"path", "layout", *SHAPE_KEYS} - set(data)):
         raise TrainingError(f"config.data: expected {', '.join(missing)}; pass --config.data.{missing[0]}=...")
+    for key in ("prompt_length", "length", "patches"):
+        if not data[key] or not all(isinstance(n, int) and n > 0 for n in data[key]):
+            raise TrainingError(f"config.data.{key}: expected whole numbers above 0, got {data[key]!r}")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in data.get("rename", ())):
+        raise TrainingError(f"config.data.rename: expected pairs such as (('q', 'question'),), got {data['rename']!r}")
+    if data.get("threads", 1) < 1:
+        raise TrainingError(f"config.data.threads: expected at least 1, got {data['threads']}")
     if "rename" in data:
         data["rename"] = dict(data["rename"])
     prompts = open_prompts(data["path"], **{key: data[key] for key in DATA_KEYS if key in data})
@@ -133,17 +143,23 @@ class GRPO:
             rollout, metrics = self._draw_and_reward(number, drawn, prompts, model, watch)
         indifferent = settings.beta > 0 or settings.loss_type == "bnpo"
         batch, members, tokens = rollouts.learning_batch(rollout, self._shapes, share.rows, indifferent=indifferent)
+        bare = batch
         if settings.beta > 0:
             self._reference = self._reference or self._setup.reference()
             with watch("scoring"):
-                batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, batch)))
+                batch = dataclasses.replace(batch, reference=self._mine(self._score(self._reference, bare)))
         if settings.iterations > 1:
             if not resumed:
                 with watch("scoring"):
-                    rollout = dataclasses.replace(rollout, old=self._score(policy(), batch))
+                    rollout = dataclasses.replace(rollout, old=self._score(policy(), bare))
                 if share.index == 0:
                     rollout.save(kept)
                     rollouts.forget(self._setup.workdir, settings.iterations, number)
+            if (len(share.rows(len(rollout.old))), rollout.old.shape[1]) != batch.advantages.shape:
+                raise TrainingError(
+                    f"{kept}: this rollout was begun on another mesh, with other rows; go on with the mesh of before, "
+                    "or start again from an older checkpoint"
+                )
             batch = dataclasses.replace(batch, old=self._mine(rollout.old))
         info = StageBatch(
             batch=batch,
@@ -181,7 +197,8 @@ class GRPO:
             if self._setup.data.get("bad_rows") == "error":
                 break
             logging.warning("left out: %s", reason)
-        raise TrainingError(f"{reason}; mend the row, raise the limit, or set config.data.bad_rows='skip'")
+        advice = "16 prompts in a row could not be used" if attempt else "or set config.data.bad_rows='skip'"
+        raise TrainingError(f"{reason}; mend the row, raise the limit; {advice}")
 
     def _draw_and_reward(
         self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module, watch: Stopwatch

@@ -67,8 +67,10 @@ def advantages(
     """
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {list(SCALES)}, got {scale!r}")
-    by_prompt = np.asarray(rewards, np.float32).reshape(-1, group)
+    by_prompt = np.asarray(rewards, np.float64).reshape(-1, group)
     centred = by_prompt - by_prompt.mean(axis=1, keepdims=True)
+    # The mean of equal numbers can be off by a rounding, which a division by eps would make an advantage of.
+    centred = np.where(np.ptp(by_prompt, axis=1, keepdims=True) > 0, centred, 0)
     if scale == "group":
         centred = centred / (by_prompt.std(axis=1, ddof=1, keepdims=True) + eps)
     elif scale == "batch":

@@ -212,6 +212,8 @@ class _Call:
     def _one_by_one(self, error: BaseException) -> np.ndarray:
         """After the function raised: once more for each row alone, so that only the rows at fault are lost."""
         values = np.zeros(len(self._ids))
+        self.metrics.clear()  # what it logged before it raised
+        self.extras.clear()
         before = self.failed
         for i, row in enumerate(self._ids):
             try:
