@@ -8,7 +8,8 @@ Recipe: configs/grpo.py, with rewards of this task: half for the share of words 
 that is right word for word. Prompts are for answers of 16-256 tokens, with training digits. An answer without an end
 is wrong here, and is learned from (`mask_truncated`). The learning rate falls to 0, because a step is mostly noise.
 
-Measured        FIGURES
+Measured        README.md has the table: whole answers, drawn, 73.0 to 76.5 % right, +3.5 (2.1 to 4.9), three seeds
+Wall time       about five minutes on two CPU cores
 
 Arguments, separated by commas: `smoke`, the same configuration in a few steps.
 """

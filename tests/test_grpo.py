@@ -278,9 +278,9 @@ def test_matrices_are_cast_for_decoding_by_one_program(model):
     """Trained parameters are fp32 where the model computes in bf16; two rollouts compile the cast once."""
     half = nnx.clone(model)
     half.dtype = jnp.dtype("bfloat16")
-    before = rollouts._cast_matrices._cache_size()
+    before = rollouts._cast._cache_size()
     cast = [rollouts.for_decoding(half) for _ in range(2)][1]
-    assert rollouts._cast_matrices._cache_size() == before + 1
+    assert rollouts._cast._cache_size() == before + 1
     assert cast.text.norm[...].dtype == jnp.float32 and cast.text.embed_tokens[...].dtype == jnp.bfloat16
 
 

@@ -207,7 +207,7 @@ def test_files_that_are_missing_or_half_written(files, tmp_path):
         (whole[:-30], "line 24: expected a record of an evaluation"),
         ("".join(whole.splitlines(True)[:20]), "expected 24 samples with seeds .*found 20 records of 20; was the"),
         (whole + whole.splitlines(True)[3], r"found two of \('3', 0\)"),
-        (whole.replace('"tokens"', '"token"'), "line 1: expected a record of an evaluation .*'token'"),
+        (whole.replace('"tokens"', '"token"'), "line 1: expected a record of an evaluation .*token"),
         (whole.replace('"mmstar"', '"mmmu"'), "expected records of mmstar, found 'mmmu'"),
         ("[]\n", "line 1: expected a record of an evaluation"),
     ]:

@@ -165,19 +165,25 @@ def draw(
 
 
 def for_decoding(model: nnx.Module) -> nnx.Module:
-    """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs."""
+    """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs.
+
+    What is in that dtype already, or stays as it is, is not copied.
+    """
     if model.dtype == np.float32:
         return model
     graphdef, params = nnx.split(model)
-    return nnx.merge(graphdef, _cast_matrices(params, model.dtype))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    wanted = [decoding_dtype(path, x, model.dtype) for path, x in leaves]
+    places = [i for i, (_, x) in enumerate(leaves) if x.dtype != wanted[i]]
+    values = [x for _, x in leaves]
+    for i, x in zip(places, _cast([values[i] for i in places], model.dtype)):
+        values[i] = x
+    return nnx.merge(graphdef, jax.tree.unflatten(structure, values))
 
 
 @functools.partial(jax.jit, static_argnums=1)  # of the module, so that it is compiled once and not at every rollout
-def _cast_matrices(params: Any, dtype: Any) -> Any:
-    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return x.astype(decoding_dtype(path, x, dtype))
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+def _cast(arrays: list[jax.Array], dtype: Any) -> list[jax.Array]:
+    return [x.astype(dtype) for x in arrays]
 
 
 def decoding_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
