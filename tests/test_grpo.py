@@ -26,7 +26,9 @@ from pvm_jax.models import Qwen3VL
 from pvm_jax.training import grpo
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.checkpoints import complete_steps
+from pvm_jax.training.losses import next_token
 from pvm_jax.training.metrics import read_metrics
+from pvm_jax.training.policy_loss import policy_loss
 from pvm_jax.training.report import Reporter
 from pvm_jax.training.rewards import Scores
 from pvm_jax.training.stage import StageBatch, TrainingError
@@ -155,6 +157,21 @@ def test_prompts_that_cannot_be_used_are_replaced(small_checkpoint, prompts):
     none = make(small_checkpoint, prompts, data=small | {"prompt_length": (4,)})
     with pytest.raises(TrainingError, match=r"sample p\d: it needs data.prompt_length of \d+, and the largest is 4; "):
         none._draw(0)
+
+
+def test_completions_with_advantage_0_take_no_room(small_checkpoint, prompts, model):
+    """The middle group of three: loss and divisor are the same with it and without."""
+    stage = make(small_checkpoint, prompts)
+    stage.next_batch(0, lambda: model)
+    values = np.arange(12, dtype=np.float32) - 5.5
+    values[4:8] = 0
+    rollout = dataclasses.replace(stage._now[0], advantages=values)
+    few, members, _ = rollouts.learning_batch(rollout, stage._shapes, range)
+    whole, everyone, _ = rollouts.learning_batch(rollout, stage._shapes, range, indifferent=True)
+    assert sorted(members) == [*range(4), *range(8, 12)] and sorted(everyone) == [*range(12)]
+    losses = [policy_loss(next_token(b.sampled), b, epsilon=0.2, epsilon_high=0.2) for b in (few, whole)]
+    np.testing.assert_allclose(losses[0].sum, losses[1].sum, rtol=1e-6)
+    assert losses[0].sum != 0 and losses[0].count == losses[1].count == rollout.completions.lengths.sum()
 
 
 def parameters(directory: Path) -> dict[str, np.ndarray]:
