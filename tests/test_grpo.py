@@ -20,6 +20,7 @@ from test_multihost import Pair
 from training_runs import Setting, without_speeds
 
 from pvm_jax.checkpoint import load_model, open_checkpoint
+from pvm_jax.data.images import DataError
 from pvm_jax.decoding import Completions
 from pvm_jax.distributed import PREEMPTED
 from pvm_jax.models import Qwen3VL
@@ -376,6 +377,23 @@ def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
 def test_settings_that_cannot_be(small_checkpoint, prompts, options, sentence):
     with pytest.raises(TrainingError, match=sentence):
         make(small_checkpoint, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        ({"length": ()}, r"config\.data\.length: expected whole numbers above 0, got \(\)"),
+        ({"patches": (0,)}, r"config\.data\.patches: expected whole numbers above 0, got \(0,\)"),
+        ({"threads": -1}, r"config\.data\.threads: expected at least 1, got -1"),
+        (
+            {"rename": ("question", "problem")},
+            r"config\.data\.rename: expected pairs such as .* got \('question', 'prob",
+        ),
+    ],
+)
+def test_data_that_cannot_be(small_checkpoint, prompts, data, sentence):
+    with pytest.raises((TrainingError, DataError), match=sentence):
+        make(small_checkpoint, prompts, data=data)
 
 
 def test_prompt_that_leaves_no_room(small_checkpoint, prompts, model):

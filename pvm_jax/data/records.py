@@ -33,6 +33,17 @@ _PLACEHOLDER = re.compile("(<image>|<video>)")
 Adapt = Callable[[Mapping[str, Any], str], Mapping[str, Any]]
 
 
+def renaming(pairs: Any) -> dict[str, str]:
+    """`config.data.rename` as a dictionary.
+
+    Raises:
+      DataError: it is no sequence of (column, field).
+    """
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise DataError(f"config.data.rename: expected pairs such as (('q', 'question'),), got {pairs!r}")
+    return dict(pairs)
+
+
 class RowReader:
     """Turns the rows of one data set into records.
 

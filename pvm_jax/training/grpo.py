@@ -36,6 +36,7 @@ from pvm_jax.data.images import DataError
 from pvm_jax.data.order import permutation
 from pvm_jax.data.packing import Encoded
 from pvm_jax.data.prompts import Prompt, Prompts, open_prompts, reward_columns
+from pvm_jax.data.records import renaming
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
@@ -60,12 +61,10 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
     for key in ("prompt_length", "length", "patches"):
         if not data[key] or not all(isinstance(n, int) and n > 0 for n in data[key]):
             raise TrainingError(f"config.data.{key}: expected whole numbers above 0, got {data[key]!r}")
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in data.get("rename", ())):
-        raise TrainingError(f"config.data.rename: expected pairs such as (('q', 'question'),), got {data['rename']!r}")
     if data.get("threads", 1) < 1:
         raise TrainingError(f"config.data.threads: expected at least 1, got {data['threads']}")
     if "rename" in data:
-        data["rename"] = dict(data["rename"])
+        data["rename"] = renaming(data["rename"])
     prompts = open_prompts(data["path"], **{key: data[key] for key in DATA_KEYS if key in data})
     for reason, count in prompts.skipped.items():
         logging.warning("left out %d rows: %s, e.g. %s", count, reason, prompts.examples[reason])

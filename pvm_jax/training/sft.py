@@ -14,6 +14,7 @@ from absl import logging
 from flax import nnx
 
 from pvm_jax.data.loader import BatchInfo, Loader, Stream
+from pvm_jax.data.records import renaming
 from pvm_jax.data.sources import open_source
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.losses import cross_entropy
@@ -127,7 +128,7 @@ def make_loader(setup: Setup) -> Loader:
 def _chosen(values: Mapping[str, Any], keys: frozenset[str]) -> dict[str, Any]:
     """The keys that are set; a `rename` of pairs becomes a dictionary."""
     chosen = {key: value for key, value in values.items() if key in keys and value is not None}
-    return chosen | ({"rename": dict(chosen["rename"])} if "rename" in chosen else {})
+    return chosen | ({"rename": renaming(chosen["rename"])} if "rename" in chosen else {})
 
 
 def _refuse_unknown(where: str, values: Mapping[str, Any], known: frozenset[str]) -> None:
