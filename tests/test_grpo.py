@@ -170,7 +170,8 @@ def test_completions_with_advantage_0_take_no_room(small_checkpoint, prompts, mo
     few, members, _ = rollouts.learning_batch(rollout, stage._shapes, range)
     whole, everyone, _ = rollouts.learning_batch(rollout, stage._shapes, range, indifferent=True)
     assert sorted(members) == [*range(4), *range(8, 12)] and sorted(everyone) == [*range(12)]
-    losses = [policy_loss(next_token(b.sampled), b, epsilon=0.2, epsilon_high=0.2) for b in (few, whole)]
+    batches = [jax.tree.map(jnp.asarray, batch) for batch in (few, whole)]
+    losses = [policy_loss(next_token(b.sampled), b, epsilon=0.2, epsilon_high=0.2) for b in batches]
     np.testing.assert_allclose(losses[0].sum, losses[1].sum, rtol=1e-6)
     assert losses[0].sum != 0 and losses[0].count == losses[1].count == rollout.completions.lengths.sum()
 
