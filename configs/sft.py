@@ -28,7 +28,7 @@ Size   PVM layers   PVM parameters   TPU slice: mesh, micro-batches     GPUs: mi
 Layers of 4b and 8b are the paper's; those of 2b and 32b are ours (convert with these --pvm_layers).
 
 Planned memory  docs/plans.md: 64 rows of 4,096 tokens a step, 8b on v5e:2x4 5.90 of 15.75 GiB, on v5e:16x16
-                with 16,384 tokens a row 4.76 of 15.75 GiB; other buckets by
+                with 16,384 tokens a row 4.63 of 15.75 GiB; other buckets by
                 `python -m pvm_jax.plan`
 Hardware        not measured (the paper: 8 GPUs)
 Wall time       not measured
