@@ -217,12 +217,13 @@ def check(name: str, **options: Any) -> None:
       ResultError, DataError, JudgeError, GradingError: one sentence.
     """
     given = Options.of(name, options)
-    given.task(benchmark_kind(given.benchmark))
+    task = given.task(benchmark_kind(given.benchmark))
     table_paths(given.path)
     if judge := given.make_judge():
         judge.check()
-    with closing(Grader(children=1)) as grader:
-        grader.grade(["x+1"], ["1+x"])  # a grader that is not installed says so
+    if task.rule != "exact":
+        with closing(Grader(children=1)) as grader:
+            grader.grade(["x+1"], ["1+x"])  # a grader that is not installed says so
 
 
 def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
