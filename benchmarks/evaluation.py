@@ -15,11 +15,10 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from vs_transformers import limit_threads, machine, options
+from vs_transformers import options, set_up
 
 CHECKPOINT = Path(__file__).parents[1] / "assets" / "digits_base"
 ROWS, LIMIT = 32, 136
@@ -121,16 +120,7 @@ def measure(folder: Path, rounds: int, count: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv, "The evaluation harness against transformers' generate", rounds=3)
-    limit_threads(args.threads)
-    import torch
-    import transformers
-
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    about = machine(args.threads)
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    about = set_up(args.threads)
     with tempfile.TemporaryDirectory() as directory:
         result = measure(Path(directory), 1 if args.quick else args.rounds, 4 if args.quick else 2 * ROWS)
     for name, speed in result["samples_per_second"].items():

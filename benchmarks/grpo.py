@@ -9,12 +9,11 @@ mean. `--quick` is a smoke test on tiny problems; its numbers mean nothing.
 import json
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vs_transformers import limit_threads, machine, options
+from vs_transformers import options, set_up
 
 COMPLETIONS = 8  # of the prompt whose prefill is shared
 
@@ -118,16 +117,7 @@ class Benchmark:
 
 def main(argv: list[str] | None = None) -> None:
     args = options(argv, "GRPO: a shared prefill, and a step against transformers", rounds=5)
-    limit_threads(args.threads)
-    import torch
-    import transformers
-
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)
-    about = machine(args.threads)
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    about = set_up(args.threads)
     with tempfile.TemporaryDirectory() as directory:
         benchmark = Benchmark(Path(directory), args)
         print(f"fp32, medians of {benchmark.rounds} alternations\n")

@@ -228,18 +228,24 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = options(argv)
-    limit_threads(args.threads)
+def set_up(threads: int) -> dict[str, Any]:
+    """Both frameworks with so many threads and nothing to say; prints and returns what they run on."""
+    limit_threads(threads)
     import torch
     import transformers
 
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    about = machine(args.threads)
+    about = machine(threads)
     print(", ".join(f"{k} {v}" for k, v in about.items()))
+    return about
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = options(argv)
+    about = set_up(args.threads)
     with tempfile.TemporaryDirectory() as directory:
         benchmark = Benchmark(Path(directory), args)
         parameters = sum(p.numel() for p in benchmark.torch_model.parameters())

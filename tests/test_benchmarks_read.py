@@ -387,3 +387,19 @@ def test_wrong_images_show_when_asked_for(tmp_path):
     with pytest.raises(DataError):  # bytes, but of no image
         open_image(benchmark[8].images[0], "image")
     assert numbers(benchmark[10]) == [6]
+
+
+def test_a_quote_that_is_not_closed(tmp_path):
+    """Read leniently it would swallow the rows behind it."""
+    (tmp_path / "m.tsv").write_text('index\tquestion\tanswer\n0\ta\tx\n1\tb\t"x\n2\tc\tx\n3\td\tx\n')
+    refused("file:m", tmp_path / "m.tsv", "not a TSV in UTF-8, as its name says")
+
+
+def test_several_answers_that_are_options(tmp_path):
+    rows = [
+        {"question": "?", "options": ["cat", "dog", "cow"], "answer": ["dog", "(C)"]},
+        {"question": "?", "answer": []},
+    ]
+    benchmark = open_benchmark("file:m", made.write_jsonl(tmp_path / "m.jsonl", rows))
+    assert (benchmark[0].answer, benchmark[0].fields["answers"]) == ("B", '["B", "C"]')
+    assert list(benchmark.broken) == ["1"] and "answer: expected one" in benchmark.broken["1"]

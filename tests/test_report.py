@@ -198,6 +198,15 @@ def test_results_that_do_not_compare(files, tmp_path):
         report.read_sections([files[0], write(tmp_path / "changed", changed)])
 
 
+def test_runs_with_other_settings_are_refused(files):
+    for file, rule in zip(files, ("exact", "strict")):
+        result = json.loads(file.read_text())
+        result["summary"]["task"] = {"rule": rule, "max_new_tokens": 8}
+        file.write_text(json.dumps(result))
+    with pytest.raises(ResultError, match=r"expected runs with the same settings, but rule of .* is not that of"):
+        report.read_sections(files)
+
+
 def test_files_that_are_missing_or_half_written(files, tmp_path):
     lines = files[0].with_suffix(".jsonl")
     whole = lines.read_text()

@@ -184,7 +184,26 @@ class _Lines:
         return line.decode("utf-8-sig" if first else "utf-8")
 
 
-class ParquetTable:
+class _RowsTable:
+    """A table whose rows `data.sources` reads."""
+
+    _rows: JsonlRows | ParquetRows
+    _texts: list[Mapping[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def text(self, row: int) -> Mapping[str, Any]:
+        return self._texts[row]
+
+    def images(self, row: int) -> Mapping[str, Any]:
+        return {name: value for name, value in self._rows.row(row).items() if is_image(name)}
+
+    def where(self, row: int) -> str:
+        return self._rows.where(row)
+
+
+class ParquetTable(_RowsTable):
     """A parquet file; its text is read at once, images a row group at a time."""
 
     def __init__(self, path: Path, groups: RowGroups):
@@ -200,23 +219,11 @@ class ParquetTable:
             raise DataError(f"{path}: not a parquet file that can be read ({error})") from None
         self.checksum = _sha256(path)
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def text(self, row: int) -> Mapping[str, Any]:
-        return self._texts[row]
-
-    def images(self, row: int) -> Mapping[str, Any]:
-        return {name: value for name, value in self._rows.row(row).items() if is_image(name)}
-
-    def where(self, row: int) -> str:
-        return self._rows.where(row)
-
     def problem(self, row: int) -> str | None:
         return None
 
 
-class JsonlTable:
+class JsonlTable(_RowsTable):
     """A JSON object a line."""
 
     def __init__(self, path: Path):
@@ -232,18 +239,6 @@ class JsonlTable:
             self._texts.append({name: value for name, value in row.items() if not is_image(name)})
         self.columns = tuple(columns)
         self.checksum = _sha256(path)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def text(self, row: int) -> Mapping[str, Any]:
-        return self._texts[row]
-
-    def images(self, row: int) -> Mapping[str, Any]:
-        return {name: value for name, value in self._rows.row(row).items() if is_image(name)}
-
-    def where(self, row: int) -> str:
-        return self._rows.where(row)
 
     def problem(self, row: int) -> str | None:
         return self._problems.get(row)
