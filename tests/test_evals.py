@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from pvm_jax.config import ModelConfig
@@ -316,7 +317,7 @@ def test_sft_configurations(argument):
 
 def test_the_whole_experiment_in_miniature(data, tmp_path):
     """Shipped checkpoint -> PVM -> SFT -> evaluation -> comparison, by the commands that the documentation gives."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as on a newcomer's machine
+    environment = os.environ | tiny.devices(1)  # one device, as on a newcomer's machine
 
     def command(*argv) -> str:
         argv = [sys.executable, *map(str, argv)]
@@ -344,7 +345,7 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
 
 def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_path):
     """Both runs of the base, the second on the result of the first."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = os.environ | tiny.devices(1)
 
     def train(argument: str, workdir: Path, *given: str) -> set[str]:
         argv = [sys.executable, "train.py", f"--config=configs/digits_base.py:{argument}", f"--workdir={workdir}"]

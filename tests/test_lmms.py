@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from PIL import Image, ImageFile
 
 import pvm_jax
@@ -217,8 +218,7 @@ def test_lmms_eval_runs_a_task(rows, expected, tmp_path):
     command = [LMMS_PYTHON, "-m", "lmms_eval", "--model", "pvm_jax", "--tasks", "digits_local", "--batch_size", "8"]
     command += ["--model_args", f"checkpoint={BASE},min_pixels=0,max_pixels=0,system_prompt="]
     command += ["--include_path", tmp_path, "--log_samples", "--output_path", tmp_path / "out"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub")}
+    environment = os.environ | tiny.devices(1) | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("*samples_digits_local.jsonl")

@@ -474,7 +474,7 @@ class Pair:
         port = free_port()
         # All that the first pair compiles is there for the next, in the tests' own folder for later runs, too.
         cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        env = os.environ | cache | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        env = os.environ | cache | tiny.devices(2)
         self._logs = [folder / f"log-{port}-{i}" for i in range(2)]
         self.processes = []
         for i in range(2):

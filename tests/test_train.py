@@ -169,7 +169,7 @@ def command(common: list[str], workdir: Path, *arguments: str) -> tuple[list[str
     block = "import runpy, sys; sys.modules |= {'torch': None, 'tensorflow': None}; del sys.argv[0]; "
     start = "sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
     argv = [sys.executable, "-c", block + start, "train.py", *common, f"--workdir={workdir}", *arguments]
-    return argv, os.environ | {"XLA_FLAGS": ""}
+    return argv, os.environ | tiny.devices(1)
 
 
 def test_killed_and_restarted_run_has_the_same_losses_bit_for_bit(common, tmp_path):

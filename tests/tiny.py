@@ -33,6 +33,16 @@ TOKEN_ID = {token: TOKENS - len(SPECIAL_TOKENS) + i for i, token in enumerate(SP
 PVM_LAYERS = (1, 4)
 PVM_WIDTH = 32
 
+
+def devices(count: int) -> dict[str, str]:
+    """The environment of a process with so many simulated devices.
+
+    LLVM translates without optimizing, which takes a fifth off the time of a first run; XLA's own passes (fusion,
+    sharding, buffers), whose results the tests read, do not change by that.
+    """
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"}
+
+
 # Qwen3-VL's chat format (a system turn only if given, images where they stand), in a template of our own.
 CHAT_TEMPLATE = """\
 {%- set counts = namespace(image=0, video=0) -%}
