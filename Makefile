@@ -6,7 +6,7 @@ WORKERS ?= 2
 .PHONY: test lint demo demo-grpo base bench clean
 
 test: .venv/.test lint
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.test
 	.venv/bin/ruff format --check .

@@ -25,6 +25,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # torch; the models are too small for more 
 
 install_import_hook("pvm_jax", "beartype.beartype")
 
+# Files that take longest; of the others each takes less than a minute.
+LONG = ("grpo", "train", "evals", "generate", "multihost", "benchmarks", "plan_grpo", "digits", "plan", "convert")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that no worker is left with one when the other is done (`--dist loadfile`)."""
+    rank = {f"test_{name}.py": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def eight_devices():

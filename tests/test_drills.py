@@ -217,6 +217,7 @@ def test_full_disk_during_a_save(run, whole, tmp_path, monkeypatch, capsys):
 
     def full(self, step, *args):
         if step == 4:
+            self.wait()  # the save of step 2 has its room
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, hard))
         save(self, step, *args)
 
