@@ -80,6 +80,23 @@ def test_self_attention_over_packed_samples(kernels, batch):
     agree(got, value_and_gradients(lambda *x: attention(*x, mask) * seen, *inputs))
 
 
+@pytest.mark.parametrize(("kv_heads", "each"), [(2, 2), (1, 4)])
+def test_each_device_has_its_heads(kernels, kv_heads, each, monkeypatch):
+    """Four query heads over tensor = 2; all of them on every device where the kv heads do not divide, as PVM's one."""
+    seen = []
+    kernel = attention_kernels._KERNELS[kernels.kind]
+
+    def spy(q, *rest, **options):
+        seen.append(q.shape[2])
+        return kernel(q, *rest, **options)
+
+    monkeypatch.setitem(attention_kernels._KERNELS, kernels.kind, spy)
+    q, k, v = arrays((ROWS, LENGTH, 4, 16), *2 * [(ROWS, kv_heads, LENGTH, 16)])
+    ids = jnp.ones((ROWS, LENGTH), int)
+    jax.eval_shape(lambda *x: attend(*x, Rule(ids, ids, True, kernels)), q, k, v)
+    assert seen == [each]
+
+
 @pytest.mark.parametrize("kind", ["causal", "all"])
 def test_retrieval_from_memory(kernels, batch, kind):
     columns = jnp.broadcast_to(jnp.arange(LENGTH), batch.tokens.shape)

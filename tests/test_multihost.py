@@ -293,6 +293,18 @@ def test_sigterm_stops_all_processes_after_the_same_step(ended, seed):
     assert first == second and (first >= signal_at or signal_at == 0)
 
 
+def test_nobody_agrees_before_all_have_answered(monkeypatch):
+    told = []
+    cluster = Cluster(0, 3)
+    monkeypatch.setattr(cluster, "_tell", lambda *what: told.append(what))
+    assert not cluster.stop_after(4)
+    cluster._negotiate({1: "7"}, {})  # process 1 wishes to stop: this one answers
+    cluster._negotiate({0: "5", 1: "7"}, {})
+    assert told == [("stop", "5")] and not cluster._agreement.is_set()
+    cluster._negotiate({0: "5", 1: "7"}, {2: "9"})  # process 2 had ended
+    assert not cluster.stop_after(8) and cluster.stop_after(9)
+
+
 def test_sigterm_after_another_process_has_finished(ended):
     """Nobody waits for an answer of a process that gives none any more."""
     clusters = [Cluster(i, 2) for i in range(2)]
