@@ -34,7 +34,7 @@ from pvm_jax.training.checkpoints import Checkpoints, set_aside_damaged
 from pvm_jax.training.freeze import describe
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.report import Reporter, due
-from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, load_stage, total_steps
+from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, add_lora, load_stage, total_steps
 from pvm_jax.training.stage import Setup
 from pvm_jax.training.step import abstract_state, compiled, init_state, make_update, put_batch
 from pvm_jax.training.workdir import claim
@@ -67,11 +67,12 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     mesh = make_mesh(**resolved["mesh"])
     options = ModelOptions(**resolved["model"])
     source = open_checkpoint(options.path)
+    model_config = add_lora(source.config, **options.lora)
     processor = Processor.from_pretrained(source.files, **resolved["processor"])
     row_multiple = mesh.shape["data"] * mesh.shape["fsdp"] * micro_batches
     share = Share(cluster.index, cluster.count, functools.partial(local_rows, mesh=mesh), cluster.exchange_of_step)
     setup = Setup(
-        source.config,
+        model_config,
         processor,
         resolved["data"],
         seed,
@@ -84,7 +85,7 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
         reference=lambda: blueprint.reference(source, seed),
     )
     stage = load_stage(setup, resolved["stage"])
-    blueprint = Blueprint(source.config, options, stage, config.freeze, mesh)
+    blueprint = Blueprint(model_config, options, stage, config.freeze, mesh)
     partition = blueprint.partition
 
     # ---- Optimizer, evaluators, workdir --------------------------------------------------------------------------
@@ -100,13 +101,15 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if main_process:
-        claim(workdir, resolved, source, processor, has_weights=options.init == "checkpoint", begun=start > 0)
+        has_weights = options.init == "checkpoint"
+        claim(workdir, resolved, source, model_config, processor, has_weights=has_weights, begun=start > 0)
     cluster.barrier("workdir claimed")
 
     # ---- Parameters, in this order of precedence -----------------------------------------------------------------
     # 1. the workdir's latest checkpoint: trainable parameters, optimizer and position; frozen parameters as in 2
     # 2. config.model.path: a training workdir (what it trained over its own base), a native checkpoint, or
     #    Hugging Face weights
+    #    new adapters (config.model.lora) by config.seed
     # 3. config.model.init="random": random values by config.seed
     frozen = blueprint.parameters(source, seed, partition.frozen)
     meta: dict[str, Any] = {}

@@ -9,6 +9,8 @@ from ml_collections.config_dict import placeholder
 
 PVM_ONLY = (("pvm_block/", True), ("^extra/", True), ("", False))
 """(regular expression, trainable), the first that is found in a parameter's name decides; see training/freeze.py."""
+LORA_ONLY = ((r"_lora/[ab]$", True), ("^extra/", True), ("", False))
+PVM_AND_LORA = ((r"_lora/[ab]$", True), *PVM_ONLY)
 EVERYTHING = (("", True),)
 
 
@@ -29,6 +31,11 @@ def get_config() -> ConfigDict:
                 "remat": False,  # recompute each layer in the backward pass
                 "attention": "auto",  # by platform: "splash" on TPU, "cudnn" on CUDA, else the reference, "xla"
                 "size": placeholder(str),  # the released size that `path` should have; pvm_jax.plan needs no path then
+                "lora": {  # low-rank adapters that the model gains; `freeze` must let them train
+                    "rank": 0,  # 0: none
+                    "alpha": placeholder(float),  # they are scaled by alpha / rank; None: not at all
+                    "targets": "proj",  # regular expression, in names as layers.3.self_attn.q_proj; all match "proj"
+                },
             },
             "processor": {
                 # height x width of an image after the resize; None: the checkpoint's limits. 1,024 pixels are a token.
@@ -49,6 +56,7 @@ def get_config() -> ConfigDict:
                 "patches": (4096, 8192, 16384),  # P, vision patches a row; four are a visual token
                 "rows": placeholder(int),  # B; None: as few as hold the samples, packed
                 "vision_masked": 0.0,  # visual attention dropout: share of batches; an addition of this project
+                "position_shift": 0,  # answers are moved by 0 to so many positions at random; an addition, too
                 "loss_normalization": "sample",  # every sample weighs the same; "token": every answer token
                 "overlong": "skip",  # a sample beyond the largest bucket is left out and reported; or "error"
                 "bad_rows": "error",  # the same choice for rows that cannot be read

@@ -8,6 +8,8 @@ Launch, from the repository's root:
 Splits: answers of 7-64, 66-128, 140-256 and 490-505 tokens. What is measured: pvm_jax/evals/digits.py.
 
 Arguments:
+    brief    what ablations compare, in less time: `late`, answers of 490-505 tokens with the backbone as it is and blind,
+             and `short`, exact match of the others
     sampled  whole answers, drawn at temperature 1, twice each, and compared word for word by the harness of the
              benchmarks; first python -m pvm_jax.data.prepare_digits runs/data --questions
     smoke    two samples a split
@@ -16,11 +18,14 @@ Arguments:
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+ARGUMENTS = ("brief", "sampled", "smoke")
+
 
 def get_config(argument: str = "") -> ConfigDict:
-    if argument not in ("", "sampled", "smoke"):
-        raise ValueError(f"configs/digits_eval.py: expected no argument, sampled or smoke, got {argument!r}")
-    smoke = argument == "smoke"
+    words = [word for word in argument.split(",") if word]
+    if unknown := [word for word in words if word not in ARGUMENTS]:
+        raise ValueError(f"configs/digits_eval.py: expected some of {', '.join(ARGUMENTS)}, got {unknown}")
+    smoke = "smoke" in words
     config = ConfigDict(
         {
             "checkpoint": placeholder(str),  # Hugging Face directory, native checkpoint, or training workdir
@@ -41,7 +46,12 @@ def get_config(argument: str = "") -> ConfigDict:
             },
         }
     )
-    if argument == "sampled":
+    if "brief" in words:
+        every = config.evals.digits.to_dict()
+        late = {"splits": ("test_505",), "conditions": ("normal", "vision_masked"), "length": (576,)}
+        short = {"splits": ("test_64", "test_128", "test_256"), "conditions": ("normal",), "length": (320,)}
+        config.evals = {"late": every | late, "short": every | short}
+    if "sampled" in words:
         config.evals = {"sampled": sampled()}
     return config.lock()
 

@@ -35,7 +35,10 @@ Wall time       not measured
 Result          paper, mean of eight benchmarks: 8B 66.7 -> 70.6, 4B 64.0 -> 67.2; ours not measured
                 2B and 32B: no numbers in the paper, not measured
 
-Arguments, separated by commas: the size, and `smoke`: the same configuration in a few steps of tiny batches.
+Arguments, separated by commas: the size, and
+    lora    low-rank adapters of all linear maps of the decoder train, rank 64 (`config.model.lora`), and PVM too if the
+            checkpoint has it
+    smoke   the same configuration in a few steps of tiny batches
 """
 
 from ml_collections import ConfigDict
@@ -47,10 +50,12 @@ SIZES = ("2b", "4b", "8b", "32b")
 
 def get_config(argument: str = "8b") -> ConfigDict:
     words = [word for word in argument.split(",") if word]
-    unknown = [word for word in words if word not in (*SIZES, "smoke")]
+    unknown = [word for word in words if word not in (*SIZES, "lora", "smoke")]
     sizes = [word for word in words if word in SIZES]
     if unknown or len(sizes) > 1:
-        raise ValueError(f"configs/sft.py: expected one of {', '.join(SIZES)} and perhaps smoke, got {argument!r}")
+        raise ValueError(
+            f"configs/sft.py: expected one of {', '.join(SIZES)} and perhaps lora or smoke, got {argument!r}"
+        )
     size = sizes[0] if sizes else "8b"
 
     config = common.get_config()
@@ -64,6 +69,9 @@ def get_config(argument: str = "8b") -> ConfigDict:
     config.processor.max_pixels = 1_605_632
     # The 32B model's frozen weights alone are 64 GB: split over the slice; fewer rows at a time.
     config.micro_batches = 2 if size == "32b" else 1
+    if "lora" in words:
+        config.model.lora.rank = 64
+        config.freeze = common.PVM_AND_LORA
     if "smoke" in words:
         shrink(config)
     return config.lock()

@@ -1,12 +1,19 @@
 """Frozen model configurations, read from a Hugging Face `config.json`.
 
-Qwen3-VL's own keys keep their names. PVM adds four under `text_config`:
+Qwen3-VL's own keys keep their names. PVM adds five under `text_config`:
 
     pvm_layers         decoder layers that carry a PVM block (absent or empty: a stock Qwen3-VL)
     pvm_hidden_size    R, the latent width
     pvm_memory_mask    "all" (the public release, and what an absent key means) or "causal"
+    pvm_silencing      false: the branch also adds to image tokens (an ablation; absent: true, as in the paper)
     pvm_slots          > 0: keys and values come from so many learned vectors instead of the image.
                        The control of the digits experiment, not a part of the paper.
+
+Training with LoRA adds three:
+
+    lora_rank          rank of the adapters (absent or 0: none)
+    lora_alpha         they are scaled by lora_alpha / lora_rank
+    lora_targets       regular expression that chooses the linear maps, see `LoRAConfig`
 """
 
 import dataclasses
@@ -14,6 +21,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pvm_jax.lora import LINEAR_MAPS, LoRAConfig
 
 MEMORY_MASKS = ("all", "causal")
 
@@ -67,6 +76,14 @@ class TextConfig:
     rope_theta: float
     mrope_section: tuple[int, int, int]
 
+    @property
+    def linear_maps(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of a layer's linear maps, by Hugging Face's names."""
+        heads, kv = (n * self.head_dim for n in (self.num_attention_heads, self.num_key_value_heads))
+        width, ffn = self.hidden_size, self.intermediate_size
+        attention = ((heads, width), (kv, width), (kv, width), (width, heads))
+        return dict(zip(LINEAR_MAPS, (*attention, (ffn, width), (ffn, width), (width, ffn)), strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class PVMConfig:
@@ -79,6 +96,7 @@ class PVMConfig:
     layers: tuple[int, ...]
     hidden_size: int
     memory_mask: str
+    silencing: bool
     slots: int
     num_heads: int
     num_key_value_heads: int
@@ -96,11 +114,13 @@ class ModelConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    lora: LoRAConfig | None = None
 
     def layer_groups(self, scan: bool = True) -> tuple[tuple[int, ...], ...]:
         """Runs of decoder layers whose parameters are stacked and scanned together.
 
-        Layers of a run are alike: DeepStack layers, layers between PVM layers, each PVM layer on its own.
+        Layers of a run are alike: DeepStack layers, layers between PVM layers, each PVM layer on its own, and all with
+        the same LoRA.
         8B: (0-2) (3-7) (8) (9-15) (16) (17-23) (24) (25-35). `scan=False` puts every layer on its own: XLA:CPU
         copies each slice of a scanned weight, which doubles the memory traffic of a decode step.
         """
@@ -108,7 +128,8 @@ class ModelConfig:
         deepstack = len(self.vision.deepstack_visual_indexes)
 
         def kind(i: int) -> tuple:
-            return ("pvm", i) if i in pvm else ("deepstack",) if i < deepstack else ("plain",)
+            place = ("pvm", i) if i in pvm else ("deepstack",) if i < deepstack else ("plain",)
+            return (*place, self.lora.modules(i) if self.lora else ())
 
         groups: list[list[int]] = []
         for i in range(self.text.num_hidden_layers):
@@ -207,6 +228,7 @@ class _Reader:
             video_token_id=self.get(raw, "", "video_token_id", int),
             vision_start_token_id=self.get(raw, "", "vision_start_token_id", int),
             vision_end_token_id=self.get(raw, "", "vision_end_token_id", int),
+            lora=self.lora(raw["text_config"], text),
         )
 
     def text(self, raw: Mapping[str, Any]) -> TextConfig:
@@ -316,9 +338,21 @@ class _Reader:
             layers=tuple(sorted(layers)),
             hidden_size=width,
             memory_mask=mask,
+            silencing=self.get(raw, s, "pvm_silencing", bool, True),
             slots=self.get(raw, s, "pvm_slots", int, 0),
             num_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=text.head_dim,
             intermediate_size=int(width * text.intermediate_size / text.hidden_size),
         )
+
+    def lora(self, raw: Mapping[str, Any], text: TextConfig) -> LoRAConfig | None:
+        s = "text_config"
+        rank = self.get(raw, s, "lora_rank", int, 0)
+        if rank == 0:
+            return None
+        lora = LoRAConfig(rank, self.get(raw, s, "lora_alpha", float), self.get(raw, s, "lora_targets", str))
+        if problem := lora.problem(text.linear_maps, text.num_hidden_layers):
+            field, message = problem
+            raise self.fail(f"{s}.lora_{field}", message)
+        return lora

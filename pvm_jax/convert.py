@@ -1,11 +1,12 @@
 """Conversion between Hugging Face checkpoints and native ones; strict in both directions.
 
     python -m pvm_jax.convert from_hf SRC DST [--pvm_layers=8,16,24 --pvm_hidden_size=512 --pvm_seed=0 ...]
-    python -m pvm_jax.convert to_hf   SRC DST [--max_shard_size=5GB --dtype=float32]
+    python -m pvm_jax.convert to_hf   SRC DST [--max_shard_size=5GB --dtype=float32 --lora=peft]
     python -m pvm_jax.convert check   SRC
 
 `from_hf` reads a Qwen3-VL or a PVM checkpoint of the public release; with --pvm_layers a Qwen3-VL gains PVM. `to_hf`
 writes a native checkpoint or a training workdir as Hugging Face files; `from_hf` and then `to_hf` gives back every bit.
+LoRA is added to the weights it adapts, or written beside them for PEFT, as DST/adapter (`lora_files`).
 `check` compares logits with transformers (see `hf_check`).
 
 `from_hf` holds pieces of four parameters in memory at a time, `to_hf` one parameter (of one group of layers). Both
@@ -33,6 +34,8 @@ from pvm_jax.config import MEMORY_MASKS, ConfigError, ModelConfig, read_json
 from pvm_jax.data.images import DataError
 from pvm_jax.hf_names import Leaf, Tensor, count_parameters, leaves, parse_group
 from pvm_jax.hf_weights import HFWeights, MadePVM
+from pvm_jax.lora import with_lora
+from pvm_jax.lora_files import ADAPTER, Merged, write_peft
 from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.orbax_io import Lazy
 from pvm_jax.pvm_init import METHODS
@@ -40,6 +43,7 @@ from pvm_jax.safetensors_io import DTYPES, SafetensorsWriter, WeightsError
 
 DTYPE_NAMES = tuple(dtype.name for dtype in DTYPES.values())
 PVM_ARCHITECTURE = "PVMQwen3VLForConditionalGeneration"
+LORA = ("merged", "peft")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -73,6 +77,7 @@ def convert_from_hf(
     pvm_init: str = "normal",
     pvm_memory_mask: str | None = None,
     pvm_slots: int = 0,
+    pvm_silencing: bool = True,
     dtype: str | None = None,
     progress: bool = False,
 ) -> Summary:
@@ -83,7 +88,8 @@ def convert_from_hf(
         `pvm_seed`, layer and name (see `pvm_init`). Seed and initializer are kept in config.json.
       pvm_hidden_size: R, needed with `pvm_layers`.
       pvm_memory_mask: "causal" (None, for PVM made here) or "all"; for a checkpoint with PVM, None keeps its own.
-      pvm_slots: so many learned vectors instead of the image, see `config`.
+      pvm_slots, pvm_silencing: so many learned vectors instead of the image; False: image tokens retrieve, too. See
+        `config`.
       dtype: "float32", "float16" or "bfloat16" for all parameters; None keeps each one's own.
       progress: draw a progress bar on stderr.
 
@@ -97,7 +103,9 @@ def convert_from_hf(
         raise UsageError(f"{src}: expected a Hugging Face directory, got a {kind} checkpoint")
     if dst.exists():
         raise FileExistsError(f"{dst}: expected a directory that does not exist yet; remove it or name another")
-    options = _PVMOptions(tuple(pvm_layers), pvm_hidden_size, pvm_seed, pvm_init, pvm_memory_mask, pvm_slots)
+    options = _PVMOptions(
+        tuple(pvm_layers), pvm_hidden_size, pvm_seed, pvm_init, pvm_memory_mask, pvm_slots, pvm_silencing
+    )
     raw = _with_dtype(options.applied(read_json(src / "config.json"), src), dtype)
     config = ModelConfig.from_hf(raw, str(src / "config.json"))
     made = MadePVM(pvm_seed, pvm_init) if pvm_layers else None
@@ -124,6 +132,7 @@ def convert_to_hf(
     *,
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
+    lora: str = "merged",
     progress: bool = False,
 ) -> Summary:
     """Writes a native checkpoint or a training workdir as a Hugging Face directory.
@@ -132,6 +141,8 @@ def convert_to_hf(
       max_shard_size: bytes, or a number with KB, MB or GB, per safetensors file.
       dtype: None keeps the stored dtypes; for a workdir those of the checkpoint that it was trained on, so that a
         bf16 model stays one although its trained parameters are kept in fp32.
+      lora: "merged": every program reads the result, rounded to the weights' dtype. "peft": the weights without LoRA,
+        and an adapter in `DST/adapter`, in fp32.
 
     Raises:
       as `convert_from_hf`, and CheckpointError if `src` is no model.
@@ -143,14 +154,20 @@ def convert_to_hf(
     table = leaves(checkpoint.config)
     if missing := [leaf.path for leaf in table if not source.holds(leaf.path)]:
         raise CheckpointError("\n".join(f"{src}: {path}: expected this parameter, found none" for path in missing))
+    if lora == "peft" and checkpoint.config.lora is None:
+        raise UsageError(f"--lora: expected a checkpoint with LoRA, {src} has none; leave the option out")
+    weights = source if lora == "peft" else Merged(source, checkpoint.config)
     dtypes = {leaf.path: jnp.dtype(dtype) if dtype else source.dtype(leaf.path) for leaf in table}
     tensors = {tensor.name: (tensor.shape, dtypes[leaf.path]) for leaf, tensor in _by_layer(table)}
     with new_directory(dst) as partial:
         copy_files(checkpoint.files, partial)
-        write_json(partial / "config.json", _with_dtype(read_json(checkpoint.files / "config.json"), dtype))
+        raw = with_lora(read_json(checkpoint.files / "config.json"), None)
+        write_json(partial / "config.json", _with_dtype(raw, dtype))
+        if lora == "peft":
+            write_peft(source, checkpoint.config, partial / ADAPTER, dst)
         writer = SafetensorsWriter(partial, tensors, max_bytes)
         for leaf in tqdm(table, desc="to_hf", unit="param", disable=not progress):
-            value = source.read(leaf.path).astype(dtypes[leaf.path], copy=False)
+            value = weights.read(leaf.path).astype(dtypes[leaf.path], copy=False)
             for tensor, row in zip(leaf.tensors, value if leaf.stacked else value[None], strict=True):
                 writer.write(tensor.name, row.reshape(tensor.shape))
     size = sum(e.end - e.start for e in writer.entries.values())
@@ -189,6 +206,7 @@ class _PVMOptions:
     init: str
     memory_mask: str | None
     slots: int
+    silencing: bool
 
     def applied(self, raw: Mapping[str, Any], src: Path) -> dict[str, Any]:
         """The content of config.json with PVM's fields.
@@ -219,9 +237,12 @@ class _PVMOptions:
             }
             if self.slots:
                 text["pvm_slots"] = self.slots
+            if not self.silencing:
+                text["pvm_silencing"] = False
             return raw
-        if self.hidden_size is not None or self.slots:
-            name = "pvm_slots" if self.slots else "pvm_hidden_size"
+        given = {"pvm_slots": self.slots, "no_pvm_silencing": not self.silencing}
+        given["pvm_hidden_size"] = self.hidden_size is not None
+        if name := next((name for name, value in given.items() if value), None):
             raise UsageError(f"--{name}: expected only with --pvm_layers, which adds PVM to a checkpoint without it")
         if self.memory_mask:
             if not text.get("pvm_layers"):
@@ -289,6 +310,13 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument("--pvm_init", choices=METHODS, default="normal", help="normal: N(0, 0.02) as in the release")
     from_hf.add_argument("--pvm_memory_mask", choices=MEMORY_MASKS, help="default for new PVM: causal")
     from_hf.add_argument("--pvm_slots", type=int, default=0, help="learned vectors instead of the image (a control)")
+    from_hf.add_argument(
+        "--no_pvm_silencing",
+        dest="pvm_silencing",
+        action="store_false",
+        help="image tokens retrieve, too (an ablation)",
+    )
+    to_hf.add_argument("--lora", choices=LORA, default="merged", help="where LoRA goes: into the weights, DST/adapter")
     to_hf.add_argument("--max_shard_size", default="5GB", help="of one safetensors file")
     return parser
 

@@ -40,6 +40,7 @@ RULES: Mapping[str, str | None] = {
     "patch": None,
     "position": None,
     "vision_merged": None,
+    "rank": None,
 }
 
 # Batch is defined where no jax is imported; here it becomes a pytree.

@@ -196,7 +196,7 @@ def test_building_again_gives_the_same_rows(data_dirs, tmp_path, monkeypatch):
 
 
 def test_unknown_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"digits have the configs \['demo', 'base', 'text'\], got 'demos'"):
+    with pytest.raises(ValueError, match=r"digits have the configs \['demo', 'base', 'long', 'text'\], got 'demos'"):
         digits.prepare(tmp_path, "demos")
 
 

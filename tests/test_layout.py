@@ -14,12 +14,12 @@ PROGRAMS = [ROOT / "train.py", ROOT / "eval.py"]
 
 # A module imports only from its own level and from those before. The longest matching prefix decides.
 LEVELS = (
-    ("config", "cli", "distributed", "safetensors_io", "model_files", "pvm_init", "presets", "data.batch"),
+    ("config", "lora", "cli", "distributed", "safetensors_io", "model_files", "pvm_init", "presets", "data.batch"),
     ("answers", "grading", "grading_child"),
     ("sharding",),
     ("models", "data"),
     ("hf_names", "hf_weights", "orbax_io", "fingerprint", "sampling"),
-    ("convert", "checkpoint", "decoding", "generate", "hf_check"),
+    ("convert", "checkpoint", "decoding", "generate", "hf_check", "lora_files"),
     ("training", "evals", "analysis"),
     ("planning",),
     ("plan",),

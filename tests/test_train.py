@@ -307,7 +307,10 @@ def test_weights_that_changed_since_are_refused(run, pvm_checkpoint, tmp_path):
         ("--config.data.patch=3", "--config.data.patch: no such key; did you mean --config.data.pat"),
         ("--config.seed=x", "error: flag --config.seed=x: invalid literal for int()"),
         ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
-        ("--config=configs/sft.py:9b", "configs/sft.py: expected one of 2b, 4b, 8b, 32b and perhaps smoke, got '9b'"),
+        (
+            "--config=configs/sft.py:9b",
+            "configs/sft.py: expected one of 2b, 4b, 8b, 32b and perhaps lora or smoke, got '9b'",
+        ),
     ],
 )
 def test_command_line_that_cannot_be_used_exits_with_2_and_one_sentence(run, tmp_path, capsys, argument, sentence):

@@ -2,7 +2,8 @@
 
 `prepare` (or `python -m pvm_jax.data.prepare_digits DATA_DIR`) writes `DATA_DIR/digits/demo/2.2.0`, to be read by
 `tfds.builder_from_directory`. Config `demo` has what SFT and evaluation need (SFT answers of 7-64 and 100-256
-tokens; test answers by length, the longest 490-505), `base` and `text` what the tiny base model is trained on.
+tokens; test answers by length, the longest 490-505), `long` SFT answers as long as the longest of the test, `base` and
+`text` what the tiny base model is trained on.
 Features of a row:
 
     image      192x192 PNG; config `text` has none
@@ -42,6 +43,9 @@ SPLITS: dict[str, dict[str, tuple[int, Spec]]] = {
         "short": (24000, Spec("train", 23)),
         "chains": (4000, Spec("train", 505, verbose=0.75, blank=True)),
         "spans": (12000, Spec("train", 100, verbose=0.8, blank=True)),
+    },
+    "long": {
+        "sft_505": (1600, Spec("train", 505, 100, verbose=0.8)),
     },
     "text": {
         "ends": (16000, Spec("train", 16, verbose=0.0, blank=True)),

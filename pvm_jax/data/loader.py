@@ -21,7 +21,7 @@ from typing import Any
 from pvm_jax.data.batch import Batch
 from pvm_jax.data.images import DataError
 from pvm_jax.data.order import Schedule, permutation, uniform
-from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
+from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate, shift_answers
 from pvm_jax.data.placement import Placement, place
 from pvm_jax.data.share import Note, Share, gather, never
 from pvm_jax.data.sources import Source
@@ -39,6 +39,7 @@ class Stream:
     patches: int | Sequence[int]  # P: vision patches a row, a multiple of 4
     rows: int | None = None  # B; None: the fewest that hold the samples, rounded up to `row_multiple`
     vision_masked: float = 0.0  # visual attention dropout: the share of batches whose `vision_masked` is set
+    position_shift: int = 0  # answers are moved by 0 to so many positions at random, see `packing.shift_answers`
     start: int = 0  # takes part in steps start <= step < stop
     stop: int | None = None
     name: str = "train"  # for messages
@@ -52,7 +53,13 @@ class Stream:
             object.__setattr__(self, field, buckets)
         if any(p % PATCHES_PER_TOKEN for p in self.patches):
             raise DataError(f"stream {self.name!r}: patches must be multiples of 4, got {self.patches}")
-        for field, least in (("samples", 1), ("rows", 1), ("start", 0), ("stop", self.start + 1)):
+        for field, least in (
+            ("samples", 1),
+            ("rows", 1),
+            ("start", 0),
+            ("position_shift", 0),
+            ("stop", self.start + 1),
+        ):
             value = getattr(self, field)
             if value is not None and value < least:
                 raise DataError(f"stream {self.name!r}: {field} must be at least {least}, got {value}")
@@ -91,7 +98,7 @@ class Loader:
     Args:
       streams: those active at a step take turns, in this order.
       processor: `pvm_jax.data.processor.Processor`, or anything with its `encode`.
-      seed: >= 0; decides the order of samples and which batches have vision masked.
+      seed: >= 0; decides the order of samples, which batches have vision masked, and shifts of positions.
       loss_normalization: "sample" or "token", see `packing.loss_weights`.
       overlong: a sample that exceeds the largest bucket is left out ("skip") or ends the run ("error").
       bad_rows: the same choice for rows that cannot be read (a missing image, an empty answer, ...).
@@ -161,7 +168,9 @@ class Loader:
         places = range(turn * stream.samples, (turn + 1) * stream.samples)
         indices = [int(self._permutation(size, self._seed, number, 0, p // size)[p % size]) for p in places]
         masked = uniform(self._seed, number, 1, turn) < stream.vision_masked
-        draw = _Draw(stream, indices, step, turn * stream.samples // size, masked)
+        most = stream.position_shift
+        shifts = [int(uniform(self._seed, number, 2, p) * (most + 1)) for p in places] if most else None
+        draw = _Draw(stream, indices, step, turn * stream.samples // size, masked, shifts)
         return self._make(draw, self._share, cancelled)
 
     def epoch(self, stream: int = 0, depth: int = 2) -> Iterator[tuple[Batch, BatchInfo]]:
@@ -218,7 +227,7 @@ class Loader:
         return batch, info
 
     def _encode(self, draw: "_Draw", places: Sequence[int]) -> dict[int, "_Sample"]:
-        made = self._pool.map(lambda at: self._sample(draw.stream, draw.indices[at]), places)
+        made = self._pool.map(lambda at: self._sample(draw, at), places)
         return dict(zip(places, made))
 
     def _place(self, draw: "_Draw", notes: Sequence[Note]) -> Placement:
@@ -237,13 +246,15 @@ class Loader:
             raise DataError(f"stream {stream.name!r}, step {draw.step}: {error}") from None
         return dataclasses.replace(placed, rows=tuple(tuple(kept[i] for i in row) for row in placed.rows))
 
-    def _sample(self, stream: Stream, index: int) -> "_Sample":
+    def _sample(self, draw: "_Draw", at: int) -> "_Sample":
         """The encoded sample, or the reason why it is left out."""
+        stream, index = draw.stream, draw.indices[at]
         where = record_id = stream.source.describe(index)
         try:
             record = stream.source[index]
             record_id = record["id"]
             encoded = self._processor.encode(record)
+            encoded = encoded if draw.shifts is None else shift_answers(encoded, draw.shifts[at])
         except DataError as error:
             message = str(error) if where in str(error) else f"{where}: {error}"
             if not self._skip_bad_rows:
@@ -272,6 +283,7 @@ class _Draw:
     step: int
     epoch: int
     masked: bool
+    shifts: Sequence[int] | None = None  # of each sample's answer
 
 
 @dataclasses.dataclass(frozen=True)

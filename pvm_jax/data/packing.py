@@ -58,6 +58,22 @@ def extend(prompt: Encoded, tokens: Sequence[int] | Int32[np.ndarray, " n"], *, 
     )
 
 
+def shift_answers(sample: Encoded, by: int) -> Encoded:
+    """The sample with `by` added to the MRoPE positions of all tokens from the first learned one on.
+
+    As if so many tokens stood between prompt and answer, without any: distances to the prompt become those of a longer
+    text, while attention has no more keys than before.
+
+        learned    -  -  x  x            shift by 10
+        positions  0  1  2  3    becomes 0  1 12 13
+    """
+    if not sample.loss_mask.any():
+        return sample
+    positions = sample.positions.copy()
+    positions[:, int(np.argmax(sample.loss_mask)) :] += by
+    return dataclasses.replace(sample, positions=positions, next_position=sample.next_position + by)
+
+
 def fits(sample: Encoded, length: int, patches: int) -> bool:
     """Whether a row of `length` tokens and `patches` patches can take this sample alone."""
     return len(sample.tokens) <= length and len(sample.patches) <= patches

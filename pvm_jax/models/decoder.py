@@ -48,10 +48,15 @@ class SelfAttention(nnx.Module):
     def __init__(self, make: Make, config: TextConfig):
         width, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = make.weight((heads, dim), (width,), ("heads", "head_dim", "embed"))
-        self.k_proj = make.weight((kv_heads, dim), (width,), ("kv_heads", "head_dim", "embed"))
-        self.v_proj = make.weight((kv_heads, dim), (width,), ("kv_heads", "head_dim", "embed"))
-        self.o_proj = make.weight((width,), (heads, dim), ("embed", "heads", "head_dim"))
+        keys = ("kv_heads", "head_dim", "embed")
+        self.q_proj, self.q_proj_lora = make.linear(
+            "self_attn.q_proj", (heads, dim), (width,), ("heads", "head_dim", "embed")
+        )
+        self.k_proj, self.k_proj_lora = make.linear("self_attn.k_proj", (kv_heads, dim), (width,), keys)
+        self.v_proj, self.v_proj_lora = make.linear("self_attn.v_proj", (kv_heads, dim), (width,), keys)
+        self.o_proj, self.o_proj_lora = make.linear(
+            "self_attn.o_proj", (width,), (heads, dim), ("embed", "heads", "head_dim")
+        )
         self.q_norm = make.ones((dim,), ("head_dim",))
         self.k_norm = make.ones((dim,), ("head_dim",))
         self.eps = config.rms_norm_eps
@@ -59,22 +64,24 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], ctx: Context, cache: LayerCache | None
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        q = rms_norm(einsum("BTD,NHD->BTNH", x, self.q_proj), self.q_norm, self.eps)
-        k = rms_norm(einsum("BTD,KHD->BTKH", x, self.k_proj), self.k_norm, self.eps)
+        q = rms_norm(einsum("BTD,NHD->BTNH", x, self.q_proj, self.q_proj_lora), self.q_norm, self.eps)
+        k = rms_norm(einsum("BTD,KHD->BTKH", x, self.k_proj, self.k_proj_lora), self.k_norm, self.eps)
         q, k = (rope.rotate(y, ctx.cos, ctx.sin) for y in (q, k))
-        k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
+        k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj, self.v_proj_lora)
         if cache is not None:
             cache, k, v = cache.update(k, v)
         out = attend(q, k, v, ctx.mask)
-        return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
+        return einsum("BTNH,DNH->BTD", out, self.o_proj, self.o_proj_lora), cache
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, make: Make, config: TextConfig, pvm: PVMConfig | None):
+    """`adapted` names the linear maps that have LoRA; PVM's never have."""
+
+    def __init__(self, make: Make, config: TextConfig, pvm: PVMConfig | None, adapted: tuple[str, ...]):
         self.input_layernorm = make.ones((config.hidden_size,), ("embed",))
-        self.self_attn = SelfAttention(make, config)
+        self.self_attn = SelfAttention(make.adapting(adapted), config)
         self.post_attention_layernorm = make.ones((config.hidden_size,), ("embed",))
-        self.mlp = SwiGLU(make, config.hidden_size, config.intermediate_size)
+        self.mlp = SwiGLU(make.adapting(adapted), config.hidden_size, config.intermediate_size)
         if pvm:
             self.pvm_block = PVMBlock(make, pvm, config)
         self.eps = config.rms_norm_eps
@@ -107,7 +114,12 @@ class Decoder(nnx.Module):
         self.embed_tokens = make.table(text.vocab_size, text.hidden_size, ("vocab", "embed"), tied)
         self.layers = nnx.Dict(
             {
-                group_name(g): DecoderLayer(make.stacked(len(g)), text, config.pvm if g[0] in pvm_layers else None)
+                group_name(g): DecoderLayer(
+                    make.stacked(len(g)),
+                    text,
+                    config.pvm if g[0] in pvm_layers else None,
+                    config.lora.modules(g[0]) if config.lora else (),
+                )
                 for g in config.layer_groups(scan)
             }
         )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pvm_jax.lora import LoRAConfig
+
 INITS = ("normal", "fan_in")
 # Up to so many activation rows a product counts as a decode step's, see `_few_rows`.
 _FEW_ROWS = 32
@@ -27,15 +29,28 @@ class Make:
       dtype: parameter dtype.
       stack: None, or L: a leading axis of L layers (logical axis `layers`), as scanned groups store them.
       init: "normal", N(0, 0.02) for every matrix as in the public models, or "fan_in", N(0, 1/sqrt(inputs)).
+      lora, adapted: size of LoRA, and which linear maps of a layer have it, see `linear`.
     """
 
     rngs: nnx.Rngs
     dtype: jnp.dtype = jnp.float32
     stack: int | None = None
     init: str = "normal"
+    lora: LoRAConfig | None = None
+    adapted: tuple[str, ...] = ()
 
     def stacked(self, layers: int) -> "Make":
         return dataclasses.replace(self, stack=layers)
+
+    def adapting(self, names: tuple[str, ...]) -> "Make":
+        return dataclasses.replace(self, adapted=names)
+
+    def linear(
+        self, name: str, out: tuple[int, ...], inputs: tuple[int, ...], axes: tuple[str, ...]
+    ) -> tuple[nnx.Param, "LoRA | None"]:
+        """A `weight`, and its adapter if `name`, as in "self_attn.q_proj", is adapted."""
+        weight = self.weight(out, inputs, axes)
+        return weight, LoRA(self, self.lora, out, inputs, axes) if name in self.adapted else None
 
     def weight(self, out: tuple[int, ...], inputs: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
         """A matrix that maps `inputs` axes to `out` axes, stored as `[*out, *inputs]`."""
@@ -63,11 +78,34 @@ class Make:
         return nnx.Param(init(self.rngs.params(), shape, self.dtype), axes=axes)
 
 
-def einsum(equation: str, x: Array, w: nnx.Param | Array) -> Array:
+class LoRA(nnx.Module):
+    """What a low-rank adapter adds to a linear map: (alpha / rank) B A x. The sum W + B A is never formed.
+
+    A [r,*inputs] starts at N(0, 1/sqrt(inputs)), B [*out,r] at 0, so that the model starts as it was, bit for bit.
+    """
+
+    def __init__(
+        self, make: Make, config: LoRAConfig, out: tuple[int, ...], inputs: tuple[int, ...], axes: tuple[str, ...]
+    ):
+        std = 1 / math.sqrt(math.prod(inputs))
+        self.a = make.normal((config.rank, *inputs), ("rank", *axes[len(out) :]), std)
+        self.b = make.zeros((*out, config.rank), (*axes[: len(out)], "rank"))
+        self.rank = config.rank
+        self.scale = config.scale
+
+    def __call__(self, x: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
+        a = self.a[...].astype(x.dtype).reshape(self.rank, -1)
+        b = self.b[...].astype(x.dtype).reshape(-1, self.rank)
+        return self.scale * _product(_product(x, a), b)
+
+
+def einsum(equation: str, x: Array, w: nnx.Param | Array, lora: LoRA | None = None) -> Array:
     """`jnp.einsum(equation, x, w)` of activations [..., *inputs] and a weight [*out, *inputs], in x's dtype.
 
     Both are flattened to one matrix each: with several contracted axes XLA:CPU would transpose the whole weight in
     every call. Few rows (a decode step) go through `_few_rows`.
+
+    `lora` adapts the weight.
 
     Worked example: `einsum("BTNH,DNH->BTD", x, o_proj)` is `x.reshape(B * T, N * H) @ o_proj.reshape(D, N * H).T`.
     """
@@ -78,9 +116,16 @@ def einsum(equation: str, x: Array, w: nnx.Param | Array) -> Array:
     rows, out = x.shape[: x.ndim - len(inputs)], w.shape[: w.ndim - len(inputs)]
     x = x.reshape(math.prod(rows), -1)
     w = w.reshape(math.prod(out), -1)
-    y = _few_rows(x, w) if x.shape[0] <= _FEW_ROWS else x @ w.T
+    y = _product(x, w)
+    if lora is not None:
+        y += lora(x)
     natural = left[: len(rows)] + right[: len(out)]
     return jnp.einsum(f"{natural}->{result}", y.reshape(*rows, *out))
+
+
+def _product(x: Array, w: Array) -> Array:
+    """x [n,in] @ w[out,in].T."""
+    return _few_rows(x, w) if x.shape[0] <= _FEW_ROWS else x @ w.T
 
 
 def _few_rows(x: Array, w: Array) -> Array:
@@ -124,11 +169,11 @@ class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     def __init__(self, make: Make, width: int, hidden: int, axes: tuple[str, str] = ("embed", "mlp")):
-        self.gate_proj = make.weight((hidden,), (width,), axes[::-1])
-        self.up_proj = make.weight((hidden,), (width,), axes[::-1])
-        self.down_proj = make.weight((width,), (hidden,), axes)
+        self.gate_proj, self.gate_proj_lora = make.linear("mlp.gate_proj", (hidden,), (width,), axes[::-1])
+        self.up_proj, self.up_proj_lora = make.linear("mlp.up_proj", (hidden,), (width,), axes[::-1])
+        self.down_proj, self.down_proj_lora = make.linear("mlp.down_proj", (width,), (hidden,), axes)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = einsum("BTD,FD->BTF", x, self.gate_proj)
-        up = einsum("BTD,FD->BTF", x, self.up_proj)
-        return einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down_proj)
+        gate = einsum("BTD,FD->BTF", x, self.gate_proj, self.gate_proj_lora)
+        up = einsum("BTD,FD->BTF", x, self.up_proj, self.up_proj_lora)
+        return einsum("BTF,DF->BTD", jax.nn.silu(gate) * up, self.down_proj, self.down_proj_lora)

@@ -14,6 +14,7 @@ What differs from the public release:
   * keys and values are projected once, when an image enters, and carried as a value (`project`); the release
     projects them again in every decode step and keeps the image on the module, where the next one replaces it;
   * the memory mask is a choice (`memory_mask`): the release's `all` lets text retrieve from images that come later;
+  * silencing (`is_text`) can be switched off, an ablation;
   * `slots` learned vectors can stand in for the image: the control of the digits experiment.
 """
 
@@ -59,6 +60,7 @@ class PVMBlock(nnx.Module):
         if pvm.slots:
             self.slots = make.normal((pvm.slots, text.hidden_size), ("memory", "embed"))
         self.has_slots = pvm.slots > 0
+        self.silencing = pvm.silencing
         self.eps = text.rms_norm_eps
 
     def project(self, tokens: Float[Array, "B M D"]) -> ProjectedMemory:
@@ -77,7 +79,7 @@ class PVMBlock(nnx.Module):
         mask: Bool[Array, "B T M"] | MemoryRule,
         is_text: Bool[Array, "B T"],
     ) -> Float[Array, "B T D"]:
-        """What the branch adds to the FFN's output; exactly 0 for visual queries and where the mask shows nothing."""
+        """What the branch adds to the FFN's output; exactly 0 for silenced queries and where the mask shows nothing."""
         attn = self.cross_attn
         latent = rms_norm(einsum("BTD,RD->BTR", h, self.text_reducer), self.input_norm, self.eps)
         q = rms_norm(einsum("BTR,NHR->BTNH", latent, attn.q_proj), attn.q_norm, self.eps)
@@ -86,7 +88,7 @@ class PVMBlock(nnx.Module):
         m = a + self.mlp(rms_norm(a, self.post_attn_norm, self.eps))
         y = rms_norm(einsum("BTR,DR->BTD", m, self.output_expander), None, self.eps)
         gate = self.gate_alpha[...].astype(jnp.float32)
-        return (gate * y * is_text[..., None]).astype(h.dtype)
+        return (gate * y * (is_text[..., None] if self.silencing else 1)).astype(h.dtype)
 
 
 def memory_mask(

@@ -55,7 +55,7 @@ class Qwen3VL(nnx.Module):
         attention: Kernels | None = None,
         mesh: AnyMesh | None = None,
     ):
-        make = Make(rngs, jnp.dtype(param_dtype), init=init)
+        make = Make(rngs, jnp.dtype(param_dtype), init=init, lora=config.lora)
         self.visual = VisionTower(make, config.vision, remat=remat)
         self.text = Decoder(make, config, scan=scan, remat=remat)
         if not config.tie_word_embeddings:

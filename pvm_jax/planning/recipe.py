@@ -15,7 +15,7 @@ from pvm_jax.presets import hf_config
 from pvm_jax.sharding import AnyMesh, batch_shardings
 from pvm_jax.training.freeze import Arrays
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
-from pvm_jax.training.setup import Blueprint, ModelOptions
+from pvm_jax.training.setup import Blueprint, ModelOptions, add_lora
 from pvm_jax.training.stage import Objective
 from pvm_jax.training.step import TrainState, abstract_state, compiled, make_update
 
@@ -178,7 +178,7 @@ def train_step(
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The sizes of `config.model.path`, or of `config.model.size` with new PVM blocks where no path is given.
+    """The sizes of `config.model.path`, or of `config.model.size` with new PVM blocks where no path is given, and LoRA.
 
     Raises:
       PlanError: neither is given.
@@ -186,10 +186,10 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
     """
     path, size = config["model"]["path"], config["model"]["size"]
     if path:
-        return ModelConfig.load(path)
+        return add_lora(ModelConfig.load(path), **config["model"]["lora"])
     if not size:
         raise PlanError("config.model: expected a path with a config.json, or a released size; pass one of them")
-    return ModelConfig.from_hf(hf_config(size, pvm=True), f"size {size}")
+    return add_lora(ModelConfig.from_hf(hf_config(size, pvm=True), f"size {size}"), **config["model"]["lora"])
 
 
 def abstract_batch(recipe: Recipe, shape: Shape) -> Batch:

@@ -38,7 +38,8 @@ def trainable_names(names: Sequence[str], table: Table) -> tuple[str, ...]:
     if not chosen:
         raise TrainingError(
             f"config.freeze: {list(table)} leaves nothing to train; does the checkpoint have PVM? "
-            "(`python -m pvm_jax.convert from_hf SRC DST --pvm_layers=...` adds it)"
+            "(`python -m pvm_jax.convert from_hf SRC DST --pvm_layers=...` adds it; for LoRA, configs/common.py has "
+            "LORA_ONLY and PVM_AND_LORA)"
         )
     return tuple(chosen)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,11 +14,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax.checkpoint import Checkpoint, OneKey, load_params
 from pvm_jax.config import ModelConfig
+from pvm_jax.lora import LoRAConfig
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import AnyMesh, param_shardings
 from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
 from pvm_jax.training.stage import Fraction, Objective, Setup, Stage, TrainingError
+
+IS_LORA = re.compile(r"_lora/[ab]$")
+"""Found in the names of adapters, as in text/layers/0-2/self_attn/q_proj_lora/a."""
 
 Evaluate = Callable[[nnx.Module], Mapping[str, Fraction]]
 
@@ -34,6 +39,7 @@ class ModelOptions:
       remat: recompute layers in the backward pass.
       attention: "auto" (by the mesh's platform), "xla", "splash" (TPU) or "cudnn" (CUDA).
       size: the released size that `path` should have; `pvm_jax.plan` takes its shapes where no path is given.
+      lora: adapters that the model gains, see `add_lora`.
     """
 
     path: str | None
@@ -43,6 +49,7 @@ class ModelOptions:
     remat: bool = False
     attention: str = "auto"
     size: str | None = None
+    lora: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.path:
@@ -61,6 +68,32 @@ class ModelOptions:
     @property
     def compute_dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def add_lora(config: ModelConfig, rank: int = 0, alpha: float | None = None, targets: str = "proj") -> ModelConfig:
+    """The model with the adapters of `config.model.lora`; as it is where the rank is 0, or where it has the same.
+
+    Args:
+      alpha: None: the rank, so that adapters are not scaled.
+
+    Raises:
+      TrainingError: they do not fit the model, or it has others.
+    """
+    if rank == 0:
+        return config
+    lora = LoRAConfig(rank, float(rank if alpha is None else alpha), targets)
+    if problem := lora.problem(config.text.linear_maps, config.text.num_hidden_layers):
+        field, message = problem
+        raise TrainingError(f"config.model.lora.{field}: {message}")
+    if config.lora not in (None, lora):
+        there = config.lora
+        raise TrainingError(
+            f"config.model.lora: expected the checkpoint's own adapters (rank {there.rank}, alpha {there.alpha:g}, "
+            f"targets {there.targets!r}) or none, got rank {lora.rank}, alpha {lora.alpha:g}, targets {targets!r}; "
+            "leave config.model.lora.rank at 0 to go on with them, or first merge them: "
+            "python -m pvm_jax.convert to_hf WORKDIR DIR"
+        )
+    return dataclasses.replace(config, lora=lora)
 
 
 class Blueprint:
@@ -109,9 +142,17 @@ class Blueprint:
     def parameters(self, source: Checkpoint, seed: int, names: tuple[str, ...]) -> Arrays:
         """Values of `names`: from the checkpoint, or random by `seed`; made where they lie.
 
-        Parameters that the stage adds are random in either case.
+        Parameters that the stage adds, and new adapters, are random in either case.
         """
         from_disk = {n for n in names if n in self._model_names and self._options.init == "checkpoint"}
+        if source.config.lora is None:
+            new = {n for n in names if IS_LORA.search(n)}
+            if stuck := sorted(new - set(self.partition.trainable)):
+                raise TrainingError(
+                    f"config.model.lora: expected config.freeze to train the new adapters, it freezes {stuck[0]!r}, "
+                    "and checkpoints keep what is trained; configs/common.py has LORA_ONLY and PVM_AND_LORA"
+                )
+            from_disk -= new
         loaded = load_params(source, {n: self.abstract[n] for n in names if n in from_disk}) if from_disk else {}
         made = self._random(seed, tuple(n for n in names if n not in from_disk))
         return {name: loaded.get(name, made.get(name)) for name in names}

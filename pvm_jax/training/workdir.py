@@ -15,8 +15,9 @@ from typing import Any
 
 from pvm_jax.checkpoint import BASE, Checkpoint, base_record
 from pvm_jax.cli import leaves
-from pvm_jax.config import read_json
+from pvm_jax.config import ModelConfig, read_json
 from pvm_jax.data.processor import Processor, write_limits
+from pvm_jax.lora import with_lora
 from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.training.stage import TrainingError
 
@@ -28,6 +29,7 @@ def claim(
     workdir: Path,
     config: Mapping[str, Any],
     source: Checkpoint,
+    model_config: ModelConfig,
     processor: Processor,
     *,
     has_weights: bool,
@@ -38,6 +40,7 @@ def claim(
     Args:
       config: the resolved configuration.
       source: the checkpoint that the run starts from.
+      model_config: its configuration, with the adapters that the run adds.
       processor: the run's; where `config.processor` changes its pixel limits, the model is kept with the new ones.
       has_weights: False where only its config, tokenizer and processor are used.
       begun: the workdir has a checkpoint. Without one there is nothing to protect, and a run that failed to start
@@ -69,7 +72,7 @@ def claim(
         shutil.rmtree(model)
     with new_directory(model) as partial:
         copy_files(source.files, partial)
-        write_json(partial / "config.json", read_json(source.files / "config.json"))
+        write_json(partial / "config.json", with_lora(read_json(source.files / "config.json"), model_config.lora))
         write_json(partial / BASE, record)
         if any(config["processor"].values()):
             write_limits(partial, processor)
