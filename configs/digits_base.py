@@ -29,14 +29,18 @@ Result          exact match 0.98 in answers of 7-64 tokens, 0.28 in 141-253, 0 i
                 in the shortest, 0.50 from token 392 on; text right at 0.999 and more. Run twice: the same weights, bit
                 for bit, and those of assets/digits_base. XLA may round another version of the training step differently
 
-Arguments, separated by commas: `long`, the second run; `smoke`, the same configuration in a few steps.
+Arguments, separated by commas:
+    long      the second run
+    shifted   of the second run, for docs/analysis.md only: answers of `short` begin up to 480 positions later, so that
+              reading late positions is trained, and what long answers then cost is dilution
+    smoke     the same configuration in a few steps
 """
 
 from ml_collections import ConfigDict
 
 import configs.common as common
 
-ARGUMENTS = ("long", "smoke")
+ARGUMENTS = ("long", "shifted", "smoke")
 TEXT = "runs/data/digits/text/2.2.0"
 
 
@@ -64,6 +68,8 @@ def get_config(argument: str = "") -> ConfigDict:
         write_long(config)
     else:
         see(config)
+    if "shifted" in words:
+        config.data.streams.short.position_shift = 480
     if "smoke" in words:
         shrink(config)
     return config.lock()
