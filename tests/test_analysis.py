@@ -120,6 +120,19 @@ def test_a_query_next_door_is_another(traces, expected):
     assert np.abs(got.dilution.visual_mass[..., 1:] - mass[..., :-1]).max() > 100 * CLOSE
 
 
+def test_text_window_hides_an_answers_own_text(model, sources, expected):
+    """In the first layer, whose queries and keys do not depend on what is seen, weights are shared out anew."""
+    (source,) = (s for s in sources if s.text.name == "turns")
+    near, own = 3, source.text
+    (got,) = trace(model, [source], maps=False, lens=False, text_window=near, window=WINDOW)
+    places, queries = np.arange(len(own.ids)), own.columns[:, None] - 1
+    visible = (own.visual_index >= 0) | (places < own.columns[0]) | (places > queries - near)
+    weights = expected("turns").attention[0] * visible
+    mass = weights[..., own.visual_index >= 0].sum(-1) / weights.sum(-1)
+    np.testing.assert_allclose(got.dilution.visual_mass[0], mass, atol=CLOSE, rtol=0)
+    assert np.abs(mass - expected("turns").attention[0][..., own.visual_index >= 0].sum(-1)).max() > 100 * CLOSE
+
+
 # --------------------------------------------------------------------------------------------- PVM
 
 

@@ -141,7 +141,7 @@ def fit_masses(text_before: np.ndarray, visual_mass: Float[np.ndarray, "L N T"])
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """A mean over texts with its interval of 95 % (Student's, texts independent); None with fewer than two."""
+    """A mean with its interval of 95 % (Student's, for independent values); None with fewer than two."""
 
     value: float
     low: float | None
@@ -149,9 +149,9 @@ class Mean:
     count: int
 
 
-def mean_exponent(fits: Sequence[PowerLaw | None]) -> Mean | None:
-    """The mean exponent of several texts' fits; None if none of them could be fitted."""
-    found = np.array([fit.exponent for fit in fits if fit is not None])
+def mean(values: Sequence[float]) -> Mean | None:
+    """None without values."""
+    found = np.array(values, np.float64)
     if not len(found):
         return None
     value = float(found.mean())
@@ -159,3 +159,8 @@ def mean_exponent(fits: Sequence[PowerLaw | None]) -> Mean | None:
         return Mean(value, None, None, 1)
     half = float(stdtrit(len(found) - 1, 0.975)) * float(found.std(ddof=1)) / math.sqrt(len(found))
     return Mean(value, value - half, value + half, len(found))
+
+
+def mean_exponent(fits: Sequence[PowerLaw | None]) -> Mean | None:
+    """The mean exponent of several texts' fits; None if none of them could be fitted."""
+    return mean([fit.exponent for fit in fits if fit is not None])

@@ -31,6 +31,7 @@ def trace(
     maps: bool = True,
     heads: bool = False,
     silence_pvm: bool = False,
+    text_window: int | None = None,
     rows: int = 4,
     window: int = 128,
 ) -> list[Trace]:
@@ -40,6 +41,7 @@ def trace(
       lens, maps: measure these, too. Maps take L * T * M numbers of a text, so leave them out for the longest.
       heads: self-attention's maps by head as well.
       silence_pvm: take PVM's gates as 0: the same checkpoint without PVM.
+      text_window: hide an answer's own tokens from those more than so many behind them, see `walk`.
       rows: texts at once.
       window: columns at once; each layer's scores of rows * heads * window * T numbers are the largest array there is.
     """
@@ -51,7 +53,7 @@ def trace(
     traces = []
     for first in range(0, len(sources), rows):
         part = sources[first : first + rows]
-        measures = _measure(model, part, wanted, rows, window)
+        measures = _measure(model, part, wanted, rows, window, text_window)
         traces += [_trace(model.config, source, one, silence_pvm) for source, one in zip(part, measures)]
     return traces
 
@@ -69,7 +71,7 @@ def silenced(model: Qwen3VL) -> Qwen3VL:
 
 
 def _measure(
-    model: Qwen3VL, sources: Sequence[Source], wanted: Wanted, rows: int, window: int
+    model: Qwen3VL, sources: Sequence[Source], wanted: Wanted, rows: int, window: int, text_window: int | None
 ) -> list[dict[str, np.ndarray]]:
     """What `walk` measures at the answer's tokens of each text: [L,T,...]."""
     encoded = [source.encoded for source in sources]
@@ -80,7 +82,7 @@ def _measure(
     queries = [source.text.columns - 1 for source in sources]
     watched = np.bincount(np.concatenate(queries) // window, minlength=length // window) > 0
     found: list[list[dict[str, np.ndarray]]] = [[] for _ in sources]
-    for start, measures in walk(model, batch, watched.tolist(), wanted):
+    for start, measures in walk(model, batch, watched.tolist(), wanted, text_window):
         for row, at in enumerate(queries):
             here = at[(at >= start) & (at < start + window)] - start
             found[row].append({name: x[:, row, here] for name, x in measures.items()})

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pvm_jax.analysis import dilution, logit_lens, retrieval
 from pvm_jax.data.batch import Batch
@@ -61,7 +61,7 @@ class Entered:
 
 
 def walk(
-    model: Qwen3VL, batch: Batch, watched: Sequence[bool], wanted: Wanted
+    model: Qwen3VL, batch: Batch, watched: Sequence[bool], wanted: Wanted, text_window: int | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first column, measures) of every watched window of a batch, in order.
 
@@ -71,6 +71,8 @@ def walk(
     Args:
       batch: of the host; rows divide over the mesh, and T by the number of windows.
       watched: by window of T / len(watched) columns.
+      text_window: of an answer, tokens see no more than so many of its tokens up to themselves; all of the prompt, and
+        all visual tokens. An ablation: dilution without a shorter answer.
     """
     graph, params = nnx.split(model)
     mesh, rows = mesh_of(params), batch.tokens.shape[0]
@@ -81,7 +83,9 @@ def walk(
     for i in range(last + 1):
         start = np.int32(i * length)
         measure = wanted if watched[i] else None
-        pairs, measures = pass_window(graph, params, entered, pairs, start, length=length, wanted=measure, mesh=mesh)
+        pairs, measures = pass_window(
+            graph, params, entered, pairs, start, length=length, wanted=measure, text_window=text_window, mesh=mesh
+        )
         if watched[i]:
             yield int(start), jax.tree.map(np.asarray, measures)
 
@@ -98,7 +102,9 @@ def _enter(graph, params, batch: Batch, *, mesh: AnyMesh | None) -> tuple[Entere
     return Entered(batch, model.embed(batch, visual), visual.deepstack, memory), pairs
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("length", "wanted", "mesh"), donate_argnums=3)
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("length", "wanted", "text_window", "mesh"), donate_argnums=3
+)
 def pass_window(
     graph,
     params,
@@ -108,6 +114,7 @@ def pass_window(
     *,
     length: int,
     wanted: Wanted | None,
+    text_window: int | None = None,
     mesh: AnyMesh | None,
 ) -> tuple[dict[str, KeyValue], Measures]:
     """The cache with the window's keys and values, and what was measured in it (`wanted` None: nothing)."""
@@ -115,6 +122,8 @@ def pass_window(
     batch = entered.batch
     logging.info("compiling analysis: %d rows, window %d of %d, %s", *batch.tokens.shape, length, wanted)
     ctx = model.window(batch, start, length)
+    if text_window is not None:
+        ctx = dataclasses.replace(ctx, mask=ctx.mask & _near(batch, start, length, text_window))
     x = jax.lax.dynamic_slice_in_dim(entered.x, start, length, axis=1)
     apply = None if wanted is None else functools.partial(_watch_layer, batch, wanted)
     _, pairs, kept = model.text.run_layers(x, ctx, entered.deepstack, entered.memory, pairs, start, apply)
@@ -131,6 +140,14 @@ def pass_window(
     if mesh is not None:
         measures = jax.lax.with_sharding_constraint(measures, NamedSharding(mesh, PartitionSpec()))
     return pairs, measures
+
+
+def _near(batch: Batch, start: Int[Array, ""], length: int, text_window: int) -> Bool[Array, "B Q T"]:
+    """Whether a key is visual, of the prompt, or one of the last `text_window` up to the query."""
+    of_answer = (jnp.cumsum(batch.loss_weights > 0, axis=1) > 0) & (batch.visual_index < 0)
+    columns = jnp.arange(of_answer.shape[1])
+    recent = columns > start + jnp.arange(length)[:, None] - text_window
+    return recent | ~of_answer[:, None, :]
 
 
 def _watch_layer(

@@ -1,0 +1,108 @@
+"""The experiment on digits: what is called a read, its cell and its position, and what is told of several seeds."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pvm_jax.analysis import digits as experiment
+from pvm_jax.checkpoint import load_model, open_checkpoint
+from pvm_jax.data import digits
+from pvm_jax.data.digits_task import Spec
+from pvm_jax.data.processor import Processor
+from pvm_jax.data.sources import open_source
+from pvm_jax.evals.digits import Protocol, evaluate
+
+BASE = Path(__file__).parents[1] / "assets" / "digits_base"
+TEXTS = 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    splits = {"test_64": (3, Spec("test", 40, 20)), "test_505": (3, Spec("test", 240, 200, verbose=1.0))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "SPLITS", {"demo": splits})
+        return str(digits.prepare(tmp_path_factory.mktemp("digits_data"), "demo"))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def written(data, tmp_path_factory) -> tuple[Path, str]:
+    """The folder and the table of an experiment with two seeds that are one checkpoint."""
+    out = tmp_path_factory.mktemp("experiment") / "out"
+    return out, experiment.run(data, [f"base={BASE}", f"twice={BASE},{BASE}"], TEXTS, out)
+
+
+@pytest.fixture(scope="module")
+def found(written):
+    return json.loads((written[0] / "digits.json").read_text())["models"]["base"][0]
+
+
+def test_reads_name_their_cells(processor, data):
+    """One word for each digit, one digit for each word."""
+    rows = open_source(data, split="test_505")
+    pairs = set()
+    for i, sample in enumerate(experiment.samples(processor, data, "test_505", TEXTS)):
+        words = [sample.source.text.pieces[sample.source.text.columns[place]] for place in sample.reads]
+        pairs |= set(zip(words, [rows[i]["metadata"]["labels"][cell] for cell in sample.cells], strict=True))
+    assert len(pairs) == len({word for word, _ in pairs}) == len({digit for _, digit in pairs}) > 5
+
+
+def test_reads_are_those_of_the_evaluation(found, processor, data):
+    """The same texts, scored by `eval.py`'s evaluator."""
+    model = load_model(open_checkpoint(BASE))
+    protocol = Protocol(data, ["test_505", "test_64"], ["normal"], samples=2, length=(320,), limit=TEXTS)
+    summary, _ = evaluate(model, processor, protocol)
+    for condition, split in (("long", "test_505"), ("short", "test_64")):
+        theirs = [(b["from"], b["to"], b["count"], b["right"]) for b in summary[split]["normal"]["by_position"]]
+        assert [(b["from"], b["to"], b["count"], b["right"]) for b in found[condition]["by_position"]] == theirs
+    assert theirs[0][3] > 0
+
+
+def test_what_conditions_change(found):
+    long, near, short, moved = (found[name]["by_position"] for name in experiment.CONDITIONS)
+    assert long[-1]["mass"] < 0.7 * long[0]["mass"] and long[0]["on_cell"] > 0.5, "the base looks, and less and less"
+    assert near[-1]["mass"] > 1.3 * long[-1]["mass"], "fewer keys"
+    assert short[0]["mass"] == pytest.approx(moved[0]["mass"], rel=0.2), "as many keys"
+    assert moved[0]["on_cell"] < short[0]["on_cell"], "positions that were never read at"
+    for rows in (long, near, short, moved):
+        assert all(row["memory_on_cell"] is None and row["entropy"] is None for row in rows), "no PVM"
+        assert all(row["by_layer"][-1] > row["by_layer"][0] for row in rows)
+
+
+def test_numbers_over_seeds(written):
+    out, table = written
+    result = json.loads((out / "digits.json").read_text())
+    (one,), two = result["models"]["base"], result["models"]["twice"]
+    assert two == [one, one]
+    for part, row in enumerate(one["long"]["by_position"]):
+        mean = experiment.over_seeds([s["long"] for s in two], "reads", part)
+        assert mean.value == mean.low == mean.high == pytest.approx(row["right"] / row["count"])
+    assert experiment.over_seeds([one["long"]], "reads", 0).low is None
+    seeds = [{"by_position": [{"mass": value}]} for value in (0.2, 0.4)]
+    mean = experiment.over_seeds(seeds, "mass", 0)
+    assert (mean.value, mean.high) == pytest.approx((0.3, 0.3 + 12.7062 * 0.1 * np.sqrt(2) / np.sqrt(2)), rel=1e-4)
+    lines = table.splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 2 * (2 + 2 + 1 + 1)
+    assert (out / "digits.png").stat().st_size > 20_000
+
+
+def test_what_cannot_be_used(written, data, tmp_path, capsys):
+    def complaint(*arguments: str) -> str:
+        assert experiment.main([f"--model=base={BASE}", *arguments]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "expected a folder that is not there yet" in complaint(f"--data={data}", f"--out={written[0]}")
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sentence = complaint(f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'out'}")
+    assert "expected metadata with `cells` and `digit_spans`, got []" in sentence
+    shutil.copytree(data, tmp_path / "data")
+    assert "nowhere" in complaint(f"--data={data}", f"--out={tmp_path / 'o'}", "--model=x=nowhere")
+    assert not (tmp_path / "out").exists()
