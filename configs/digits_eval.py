@@ -8,8 +8,8 @@ Launch, from the repository's root:
 Splits: answers of 7-64, 66-128, 140-256 and 490-505 tokens. What is measured: pvm_jax/evals/digits.py.
 
 Arguments:
-    brief    what ablations compare, in less time: `late`, answers of 490-505 tokens with the backbone as it is and blind,
-             and `short`, exact match of the others
+    brief    what ablations compare, in less time: `late`, answers of 490-505 tokens with the backbone as it is and
+             blind, and `short`, exact match of the others
     sampled  whole answers, drawn at temperature 1, twice each, and compared word for word by the harness of the
              benchmarks; first python -m pvm_jax.data.prepare_digits runs/data --questions
     smoke    two samples a split

@@ -460,6 +460,7 @@ def test_command_line_converts_both_ways(stock_checkpoint, tmp_path, capsys):
         (["--pvm_layers=1"], "--pvm_hidden_size: expected with --pvm_layers (512 in the paper), got none"),
         (["--pvm_layers=1;4"], "--pvm_layers: expected numbers with commas, as in 8,16,24, got '1;4'"),
         (["--pvm_hidden_size=32"], "--pvm_hidden_size: expected only with --pvm_layers"),
+        (["--no_pvm_silencing"], "--no_pvm_silencing: expected only with --pvm_layers"),
         (["--pvm_memory_mask=all"], "--pvm_memory_mask: expected a checkpoint with PVM or --pvm_layers"),
         (["--pvm_layers=1", "--pvm_hidden_size=32", "--pvm_seed=-1"], "--pvm_seed: expected a number of at least 0"),
         (["--dtype=int8"], "--dtype: invalid choice: 'int8'"),

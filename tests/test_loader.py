@@ -101,6 +101,24 @@ def test_batches_depend_on_seed_and_step_alone(processor):
     assert not same(forwards[0][0], forwards[1][0])
 
 
+def test_answers_are_shifted_by_seed_and_place_alone(processor):
+    """Positions of the answer and what follows, all three axes, by up to 50; nothing else, and nothing in `epoch`."""
+    source = Memory(9)
+    plain, shifted, again = (make(processor, source, position_shift=n, loader={"pack": False}) for n in (0, 50, 50))
+    seen = []
+    for step in range(3):
+        (before, info), (after, _) = plain.batch(step), shifted.batch(step)
+        assert same(after, again.batch(step)[0])
+        assert same(dataclasses.replace(after, positions=before.positions), before)
+        for row in range(len(info.rows)):
+            moved = (after.positions - before.positions)[:, row, after.segment_ids[row] > 0]
+            first = int(np.argmax(before.loss_weights[row] > 0))
+            assert not moved[:, :first].any() and np.unique(moved[:, first:]).size == 1
+            seen.append(int(moved[0, -1]))
+    assert min(seen) >= 0 and max(seen) <= 50 and len(set(seen)) > 6
+    assert same(next(shifted.epoch())[0], next(plain.epoch())[0])
+
+
 def test_order_is_pinned():
     """A run that resumes under another numpy must see the order it began with."""
     assert permutation(8, 0, 0, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]

@@ -226,9 +226,9 @@ def test_a_row_without_an_image_gets_exactly_nothing(models, processor):
 # -------------------------------------------------------------------------------------------- the block
 
 
-def make_block(slots: int = 0) -> PVMBlock:
+def make_block(**changes) -> PVMBlock:
     config = ModelConfig.from_hf(tiny.hf_config(pvm_layers=(1,)))
-    block = PVMBlock(Make(nnx.Rngs(0), init="fan_in"), dataclasses.replace(config.pvm, slots=slots), config.text)
+    block = PVMBlock(Make(nnx.Rngs(0), init="fan_in"), dataclasses.replace(config.pvm, **changes), config.text)
     block.gate_alpha[...] = jnp.ones_like(block.gate_alpha[...])
     return block
 
@@ -254,6 +254,18 @@ def test_a_query_that_sees_no_memory_gets_exactly_nothing():
     out = retrieve(block, normal(1, 1, 3, 64), 1e3 * normal(0, 1, 6, 64), mask, is_text)
     assert jnp.abs(out[0, 0]).max() > 0.1
     np.testing.assert_array_equal(out[0, 1:], 0)
+
+
+def test_without_silencing_image_tokens_retrieve_as_text_does():
+    raw = tiny.hf_config(pvm_layers=(1,))
+    assert ModelConfig.from_hf(raw).pvm.silencing
+    raw["text_config"]["pvm_silencing"] = False
+    assert not ModelConfig.from_hf(raw).pvm.silencing
+    mask, h, tokens = jnp.ones((1, 3, 6), bool), normal(1, 1, 3, 64), normal(0, 1, 6, 64)
+    as_text = retrieve(make_block(), h, tokens, mask, jnp.ones((1, 3), bool))
+    visual = jnp.array([[True, False, False]])
+    np.testing.assert_array_equal(retrieve(make_block(silencing=False), h, tokens, mask, visual), as_text)
+    assert jnp.abs(as_text).min(axis=-1).max() > 0
 
 
 def test_retrieval_does_not_depend_on_the_length_of_the_text():

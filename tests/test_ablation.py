@@ -1,0 +1,215 @@
+"""The grid of ablations: its rows, its runner on a grid of stand-ins and on the real commands, its numbers."""
+
+import json
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pvm_jax import convert
+from pvm_jax.analysis import ablation
+from pvm_jax.analysis.ablation_tables import markdown, numbers, over_seeds, pooled
+from pvm_jax.config import ModelConfig
+from pvm_jax.data import digits
+from pvm_jax.data.digits_task import Spec
+from pvm_jax.training.setup import add_lora
+
+ROOT = Path(__file__).parents[1]
+
+# Two rows whose "training" takes no time: results depend on row and seed, and each command leaves a line behind.
+STAND_IN = '''
+import json, types
+ROWS = {"base": ("nothing",), "a": ("something",)}
+RATE = 0.1
+TRAIN = """
+import sys, pathlib
+folder = pathlib.Path(sys.argv[1])
+(folder / "train/checkpoints").mkdir(parents=True)
+open(folder.parent / "done.txt", "a").write(folder.name + " train\\\\n")
+print("1,234 parameters train (5 %)")
+sys.exit((folder.parent / "broken").exists() and "no room left")
+"""
+EVAL = """
+import json, sys, pathlib
+folder = pathlib.Path(sys.argv[1])
+def part(right, tokens):
+    share = {"right": right, "count": 100}
+    return {"tokens": tokens, "exact": share, "reads": share, "text": share, "by_position": [share]}
+(folder / "eval").mkdir(parents=True, exist_ok=True)
+right = 90 + 2 * int(sys.argv[2])
+late = {"long": {"normal": part(right, [9, 20]), "vision_masked": part(10, [9, 20])}}
+for name, summary in (("late", late), ("short", {"brief": {"normal": part(99, [1, 8])}})):
+    (folder / "eval" / f"{name}.json").write_text(json.dumps({"summary": summary}))
+"""
+
+def get_config(argument, data):
+    assert argument == "a", argument
+    values = {"seed": 0, "model": {"path": "x"}, "rate": RATE}
+    return types.SimpleNamespace(to_dict=lambda: values)
+
+def commands(name, seed, run, data, smoke):
+    found = {"train": ["python", "-c", TRAIN, run]} if name == "a" else {}
+    return found | {"eval": ["python", "-c", EVAL, run, str(seed)]}
+'''
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """`grid(*arguments)` runs the stand-ins in `tmp_path`."""
+    (tmp_path / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "stand_in", raising=False)
+    files = [f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out' / 'grid.json'}"]
+    return lambda *arguments: ablation.main(["--grid=stand_in", *files, *arguments])
+
+
+def done(tmp_path: Path) -> list[str]:
+    return (tmp_path / "runs/done.txt").read_text().splitlines()
+
+
+def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
+    grid("--seeds=0,1")
+    assert done(tmp_path) == ["a-0 train", "a-1 train"]
+    grid("--seeds=0,1,2")
+    assert done(tmp_path) == ["a-0 train", "a-1 train", "a-2 train"]
+    book = json.loads((tmp_path / "out/grid.json").read_text())
+    assert list(book["runs"]) == ["base/0", "a/0", "a/1", "a/2"], "what is not trained has one seed"
+    assert book["rows"]["a"] == {"title": "something", "config": {"rate": 0.1}}
+    run = book["runs"]["a/2"]
+    assert run["trainable"] == 1234 and run["numbers"]["reads_late"] == {"right": 94, "count": 100}
+    assert [command.startswith("python -c") for command in run["commands"]] == [True, True] and run["versions"]["jax"]
+    shown = capsys.readouterr().out
+    assert "4 runs, 3 of them recorded" in shown and "[1/1] a/2: train" in shown
+    table = (tmp_path / "out/grid.md").read_text()
+    assert "| `a` | something | 1,234 | 3 | 0.920 ± 0.050 | 0.920 ± 0.050 | 0.100 ± 0.000 |" in table
+    assert "| `base` | nothing | 0 | 1 | 0.900 | 0.900 | 0.100 |" in table and table.strip() in shown
+    assert (tmp_path / "out/grid.png").stat().st_size > 5000
+    assert not list((tmp_path / "runs").glob("*/train/checkpoints"))
+
+
+def test_checkpoints_stay_if_asked(grid, tmp_path):
+    grid("--rows=a", "--seeds=5", "--keep")
+    assert (tmp_path / "runs/a-5/train/checkpoints").is_dir()
+
+
+def test_a_run_that_fails_is_named_and_not_recorded(grid, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/broken").touch()
+    with pytest.raises(SystemExit, match=r"1 runs failed; the first: a/0: train ended with status 1: no room left \("):
+        grid("--seeds=0")
+    assert list(json.loads((tmp_path / "out/grid.json").read_text())["runs"]) == ["base/0"]
+
+
+def test_a_row_of_another_configuration_is_refused(grid, tmp_path):
+    grid("--rows=a", "--seeds=0")
+    file = tmp_path / "out/grid.json"
+    file.write_text(file.read_text().replace('"rate": 0.1', '"rate": 0.2'))
+    with pytest.raises(
+        SystemExit, match=r"row 'a' was recorded with another configuration \(rate: there 0.2, here 0.1\)"
+    ):
+        grid("--rows=a", "--seeds=1")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--rows=a,b", "--rows: expected some of base, a, got b"),
+        ("--seeds=0;1", "--seeds: expected numbers with commas, as in 0,1,2, got '0;1'"),
+        ("--grid=no_such_grid", "--grid: expected a Python module, got 'no_such_grid'"),
+        ("--tables", "grid.json: expected recorded runs, found none"),
+    ],
+)
+def test_mistakes_are_one_sentence(grid, argument, message):
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        grid(argument)
+    assert "\n" not in str(caught.value)
+
+
+def test_intervals_in_closed_form():
+    shares = [{"right": right, "count": 100} for right in (90, 92, 94)]
+    mean, half = over_seeds(shares)
+    assert mean == pytest.approx(0.92) and half == pytest.approx(4.302653 * 0.02 / 3**0.5, rel=1e-6)
+    assert over_seeds(shares[:1]) == (0.9, None)
+    assert pooled([{"right": 8, "count": 10}]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert pooled(shares) == pytest.approx(pooled([{"right": 276, "count": 300}]))
+    assert "-" in markdown({"a": "x"}, {"a/0": {"trainable": 1, "numbers": {"reads_late": shares[0]}}}).splitlines()[2]
+
+
+def test_late_reads_are_those_of_the_last_positions_of_the_longest_split():
+    share = {"right": 1, "count": 2}
+    long = {"tokens": [9, 20], "exact": share, "reads": share, "text": share}
+    found = numbers({
+        "brief": {"normal": {**long, "tokens": [1, 8], "by_position": [{"right": 0, "count": 9}]}},
+        "long": {"normal": {**long, "by_position": [{"right": 5, "count": 9}, {"right": 3, "count": 9}]}},
+    })  # fmt: skip
+    assert found["reads_late"] == {"right": 3, "count": 9} and "blind" not in found
+    assert set(found) == {"text", "reads", "reads_late", "exact/brief", "exact/long"}
+
+
+# ---- configs/digits_ablation.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT))
+        from configs import digits_ablation
+
+        yield digits_ablation
+
+
+def test_every_row_has_a_configuration_and_commands_that_fit_the_base(rows):
+    sizes = ModelConfig.load(ROOT / rows.BASE)
+    for name, (_, options, change) in rows.ROWS.items():
+        given = rows.commands(name, 1, "runs/x")
+        assert list(given) == ["convert"] * bool(options) + ["train"] * bool(change) + ["eval"]
+        if change is None:
+            continue
+        config = rows.get_config(name)
+        assert config.is_locked and all("samples" in stream for stream in config.data.streams.values())
+        assert rows.get_config(f"{name},smoke").steps == 4
+        assert (add_lora(sizes, **config.model.lora).lora is not None) == name.startswith("lora")
+        if options:
+            convert._parser().parse_args(given["convert"][3:])
+    with pytest.raises(ValueError, match="expected one of slots, pvm, lora_all"):
+        rows.get_config("pvn")
+
+
+def test_rows_change_what_their_titles_say(rows):
+    base = rows.get_config("pvm")
+    assert not any(s.get("vision_masked") for s in rows.get_config("fan_in").data.streams.values())
+    assert rows.get_config("dropout").to_dict() == base.to_dict(), "only the conversion differs"
+    assert rows.get_config("paper_long").optimizer.learning_rate == 1e-4
+    assert rows.get_config("lora_shift").data.position_shift == 450 and base.data.position_shift == 0
+    splits = {n: {s.split for s in rows.get_config(n).data.streams.values()} for n in ("pvm_64", "lora_64", "lora_505")}
+    assert splits == {"pvm_64": {"sft_64", "sft_easy"}, "lora_64": {"sft_64"}, "lora_505": {"sft_64", "sft_505"}}
+    assert rows.get_config("pvm_505", "x").data.streams.long.path == "x/digits/long/2.2.0"
+
+
+def test_a_row_by_the_real_commands(tmp_path, monkeypatch):
+    """Conversion, four steps with shifted positions, evaluation; as on a newcomer's machine, one device."""
+    small = {
+        "demo": {
+            **{f"sft_{kind}": (6, Spec("train", 40)) for kind in ("easy", "64", "256")},
+            "test_64": (3, Spec("test", 64)),
+            "test_128": (3, Spec("test", 128, 66)),
+            "test_256": (3, Spec("test", 256, 140, verbose=1.0)),
+            "test_505": (3, Spec("test", 505, 490, verbose=1.0)),
+        }
+    }
+    monkeypatch.setattr(digits, "SPLITS", small)
+    digits.prepare(tmp_path / "data", "demo")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delenv("XLA_FLAGS")
+    out = tmp_path / "grid.json"
+    ablation.main(["--rows=pvm_shift", "--seeds=1", "--smoke", f"--data={tmp_path / 'data'}", f"--out={out}",
+                   f"--runs={tmp_path / 'runs'}"])  # fmt: skip
+    (run,) = json.loads(out.read_text())["runs"].values()
+    assert run["trainable"] == 209_089 and set(run["seconds"]) == {"convert", "train", "eval"}
+    assert {"reads_late", "blind_late", "exact/test_64", "exact/test_505"} <= set(run["numbers"])
+    assert run["numbers"]["exact/test_505"]["count"] == 2
+    assert not (tmp_path / "runs/pvm_shift-1/start").exists()
+    assert (tmp_path / "runs/pvm_shift-1/train/metrics.jsonl").exists()
