@@ -1,7 +1,8 @@
 """Reports as one HTML page: a template with style, script and the data in it; here `report_page.html`.
 
 What models write is hostile text. It reaches the page as JSON in ASCII without `<`, `>` and `&`, and the page shows it
-as text nodes only; its Content-Security-Policy forbids every request. Images come as JPEGs that were encoded here.
+as text nodes only; its Content-Security-Policy forbids every request. Images are encoded here, as JPEG or PNG,
+whichever is smaller.
 """
 
 import base64
@@ -120,12 +121,17 @@ def thumbnail(source: Any, size: int = THUMBNAIL) -> dict[str, Any]:
       size: of the longer side, at most.
     """
     try:
-        image = open_image(source)
+        image = open_image(source).copy()  # it may be the caller's own
     except DataError as error:
         return {"error": str(error)}
     width, height = image.size
     image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    kind, content = min((_encoded(image, kind) for kind in ("jpeg", "png")), key=lambda made: len(made[1]))
+    url = f"data:image/{kind};base64," + base64.b64encode(content).decode("ascii")
     return {"url": url, "width": width, "height": height}
+
+
+def _encoded(image: Image.Image, kind: str) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    image.save(file, kind, quality=80)  # PNG has none
+    return kind, file.getvalue()
