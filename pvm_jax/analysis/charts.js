@@ -54,7 +54,9 @@ function chart(spec) {
   const card = el("section", { class: "card chart", "aria-label": spec.title });
   const now = el("div", { class: "now" });
   card.append(el("h3", {}, spec.title), now);
-  const below = spec.why.map((sentence) => el("p", { class: "why" }, sentence));
+  const width = around(spec.lines);
+  const thick = spec.fits?.length ? "Dashed: the power law." : width > 1 ? `Thick: mean of ${width} tokens.` : "";
+  const below = [...spec.why, thick].filter(Boolean).map((sentence) => el("p", { class: "why" }, sentence));
   const ys = extent([...spec.lines.map((line) => line.values), spec.level ? [spec.level.value] : []], spec.log[1]);
   if (!ys) {
     card.append(el("p", { class: "soft" }, "There is nothing that could be drawn."), ...below);
@@ -65,14 +67,12 @@ function chart(spec) {
   const y = axis(spec.zero ? Math.min(0, ys[0]) : ys[0], ys[1], spec.log[1], HIGH - BOTTOM, TOP);
   const drawing = svg("svg", { viewBox: `0 0 ${WIDE} ${HIGH}`, role: "img", "aria-label": `${spec.title}: ${spec.words}` });
   drawing.append(grid(x, y, spec.words));
+  const faint = spec.fits?.length || around(spec.lines) > 1;
   for (const line of spec.lines) {
-    drawing.append(svg("path", { class: "series", "--run": color(line.run), "stroke-dasharray": line.dash ?? "",
-      opacity: spec.fits?.length ? 0.75 : 1, d: path(line, x, y, spec.log) }));
+    drawing.append(svg("path", { class: "series", "--run": color(line.run), "stroke-dasharray": faint ? "" : line.dash,
+      opacity: faint ? 0.4 : 1, d: path(line, x, y, spec.log) }));
   }
-  for (const fit of spec.fits ?? []) {
-    const end = (t) => `${x.place(t).toFixed(1)},${clamp(y.place(fit.scale * t ** fit.exponent), TOP, HIGH - BOTTOM).toFixed(1)}`;
-    drawing.append(svg("path", { class: "fit", "--run": color(fit.run), d: `M${end(fit.first)}L${end(fit.last)}` }));
-  }
+  drawing.append(...(spec.fits?.length ? fitted(spec.fits, x, y) : smoothed(spec.lines, x, y, spec.log)));
   if (spec.level) {
     const at = y.place(spec.level.value);
     drawing.append(svg("line", { x1: LEFT, x2: WIDE - RIGHT, y1: at, y2: at, stroke: "var(--soft)", "stroke-dasharray": "2 4" }),
@@ -84,6 +84,36 @@ function chart(spec) {
   follow(drawing, (event, area) => nearest(spec.lines[0].x, (event.clientX - area.left) / area.width * WIDE, x.place));
   card.append(drawing, ...below);
   return { card, mark: (t) => markChart(spec, t, { x, y, marker, knobs, now }) };
+}
+
+function fitted(fits, x, y) {
+  return fits.flatMap((fit) => {
+    const end = (t) => `${x.place(t).toFixed(1)},${clamp(y.place(fit.scale * t ** fit.exponent), TOP, HIGH - BOTTOM).toFixed(1)}`;
+    const d = `M${end(fit.first)}L${end(fit.last)}`;
+    return [svg("path", { class: "halo", d }), svg("path", { class: "fit", "--run": color(fit.run), d })];
+  });
+}
+
+/** How many tokens a thick line is the mean of: 1 for short answers, whose lines are drawn as they are. */
+const around = (found) => {
+  const longest = Math.max(...found.map((line) => line.values.length));
+  return longest < 120 ? 1 : 2 * Math.round(longest / 60) + 1;
+};
+
+/** Each line's running mean, of its logarithm where the axis has it. */
+function smoothed(found, x, y, log) {
+  const width = around(found);
+  if (width === 1) return [];
+  const [to, from] = log[1] ? [Math.log, Math.exp] : [(value) => value, (value) => value];
+  return found.flatMap((line) => {
+    const values = line.values.map((_, j) => {
+      const near = line.values.slice(Math.max(0, j - (width >> 1)), j + (width >> 1) + 1).map(to).filter(Number.isFinite);
+      return near.length ? from(near.reduce((sum, value) => sum + value, 0) / near.length) : NaN;
+    });
+    const d = path({ ...line, values }, x, y, log);
+    return [svg("path", { class: "halo", d }),
+      svg("path", { class: "thick", "--run": color(line.run), "stroke-dasharray": line.dash, d })];
+  });
 }
 
 function markChart(spec, t, { x, y, marker, knobs, now }) {
@@ -159,9 +189,9 @@ function lensCard(run, index) {
   Object.assign(canvas, { width: count, height: layers });
   const steps = Array.from(run.lens.settled, (layer, j) =>
     `${j ? "L" : "M"}${j},${layers - layer}L${j + 1},${layers - layer}`).join("");
-  const cursor = svg("path", { class: "cursor" });
+  const cursor = [svg("path", { class: "under" }), svg("path", { class: "settled" })];
   const over = svg("svg", { viewBox: `0 0 ${count} ${layers}`, preserveAspectRatio: "none", "aria-hidden": "true" },
-    svg("path", { class: "under", d: steps }), svg("path", { class: "settled", d: steps }), cursor);
+    svg("path", { class: "under", d: steps }), svg("path", { class: "settled", d: steps }), ...cursor);
   const box = el("div", { class: "lens" }, canvas, over);
   for (const layer of new Set([0, layers - 1])) {
     const label = el("small", {}, String(layer));
@@ -182,7 +212,7 @@ function lensCard(run, index) {
   }
   const mark = (t) => {
     const at = Math.min(t, count - 1);
-    cursor.setAttribute("d", `M${at + 0.5},0V${layers}`);
+    for (const part of cursor) part.setAttribute("d", `M${at + 0.5},0V${layers}`);
     table.replaceChildren(el("thead", {}, el("tr", {}, ["layer", "most probable", "final: p", "rank", "KL"].map((cell) =>
       el("th", { scope: "col" }, cell)))), el("tbody", {}, Array.from({ length: layers }, (_, i) => layerRow(run, layers - 1 - i, at))));
   };

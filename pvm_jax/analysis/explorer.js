@@ -22,7 +22,9 @@ function unpack(run) {
   run.before = floats(run.before);
   run.mass = lines(run.mass);
   for (const name of ["tvr", "entropy", "ratio"]) run[name] = lines(run[name]);
-  for (const map of run.maps) Object.assign(map, { data: bytes(map.data), scale: floats(map.scale) });
+  for (const map of run.maps) {
+    Object.assign(map, { data: bytes(map.data), scale: floats(map.scale), sums: floats(map.sums) });
+  }
   if (run.lens) {
     for (const name of ["probability", "rank", "kl", "token", "settled"]) run.lens[name] = floats(run.lens[name]);
   }
@@ -63,6 +65,17 @@ function heat(value) {
 /** The value at visual token m for answer token t: maps are stored as 255ths of each token's maximum. */
 const cellValue = (run, map, t, m) => map.data[t * run.visual + m] / 255 * map.scale[t];
 
+/** Row and column of a visual token in its picture, from 0. */
+function placeOf(picture, m) {
+  const at = m - picture.start;
+  return [Math.floor(at / picture.columns), at % picture.columns];
+}
+
+const placeWords = (picture, m) => {
+  const [row, column] = placeOf(picture, m);
+  return `row ${row + 1}, column ${column + 1}`;
+};
+
 /** What the brightest colour stands for. */
 function brightest(map, t) {
   if (state.scale === "token") return map.scale[t];
@@ -95,7 +108,6 @@ class Panel {
     this.low = el("span", {}, "0");
     this.high = el("span");
     const ramp = el("span", { class: "ramp", role: "img", "aria-label": "colours of the map, from 0 to the maximum" });
-    // Over mid-grey, since the colours are see-through.
     const stops = RAMP.map(([at, r, g, b]) => `rgb(${r},${g},${b}) ${100 * at}%`);
     ramp.style.background = `linear-gradient(90deg, ${stops.join(",")})`;
     this.readout = el("p", { class: "cell", "aria-live": "polite" });
@@ -222,37 +234,36 @@ class Panel {
     const { run, map, t } = this;
     const pen = canvas.getContext("2d");
     pen.clearRect(0, 0, canvas.width, canvas.height);
-    let [sum, best] = [0, picture.start];
+    let best = picture.start;
     for (let m = picture.start; m < picture.start + picture.rows * picture.columns; m++) {
       const value = cellValue(run, map, t, m);
-      sum += value;
       if (value > cellValue(run, map, t, best)) best = m;
       if (!state.overlay) continue;
-      const [row, column] = [Math.floor((m - picture.start) / picture.columns), (m - picture.start) % picture.columns];
+      const [row, column] = placeOf(picture, m);
       pen.fillStyle = heat(most > 0 ? clamp(value / most, 0, 1) : 0);
       pen.fillRect(column * unit, row * unit, unit, unit);
     }
     const ring = (m, style, wide) => {
-      const [row, column] = [Math.floor((m - picture.start) / picture.columns), (m - picture.start) % picture.columns];
+      const [row, column] = placeOf(picture, m);
       pen.strokeStyle = style;
       pen.lineWidth = wide;
       pen.strokeRect(column * unit + wide / 2, row * unit + wide / 2, unit - wide, unit - wide);
     };
     if (state.overlay && map.scale[t] > 0 && cellValue(run, map, t, best) === map.scale[t]) ring(best, "#ffffff", 2.5);
-    if (this.cell >= picture.start && this.cell < picture.start + picture.rows * picture.columns) {
+    if (this.inside({ picture })) {
       ring(this.cell, "#000000", 3);
       ring(this.cell, "#4db3ec", 2);
     }
-    caption.textContent = `${picture.label} · ${digits(sum)} ${map.unit}`;
-    canvas.setAttribute("aria-label", `${picture.label}, ${map.label}, token ${t + 1}: ${digits(sum)} in all, most in ` +
-      `row ${Math.floor((best - picture.start) / picture.columns) + 1}, column ` +
-      `${(best - picture.start) % picture.columns + 1}`);
+    const { pictures } = this.sample;
+    const sum = digits(map.sums[t * pictures.length + pictures.indexOf(picture)]);
+    caption.textContent = `${picture.label} · ${sum} ${map.unit}`;
+    canvas.setAttribute("aria-label", `${picture.label}, ${map.label}, token ${t + 1}: ${sum} in all, most in ` +
+      placeWords(picture, best));
   }
 
   describe({ picture }) {
-    const at = this.cell - picture.start;
-    return `${picture.label}, row ${Math.floor(at / picture.columns) + 1}, column ${at % picture.columns + 1}: ` +
-      `${digits(cellValue(this.run, this.map, this.t, this.cell))} ${this.map.unit}`;
+    const value = digits(cellValue(this.run, this.map, this.t, this.cell));
+    return `${picture.label}, ${placeWords(picture, this.cell)}: ${value} ${this.map.unit}`;
   }
 }
 

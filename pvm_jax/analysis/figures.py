@@ -40,8 +40,10 @@ def _figure(file: Path, panels: Sequence[Callable[[Any, Sequence[Run]], None]], 
     for one, panel in zip(axes[0], panels):
         panel(one, runs)
         one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(labelsize=8)
-    handles = [pyplot.Line2D([], [], color=color, label=_plain(run.name)) for run, color in _coloured(runs)]
+        one.tick_params(labelsize=8, which="both")
+    shown = {line.get_color() for one in axes[0] for line in one.get_lines()}
+    names = [(_plain(run.name), color) for run, color in _coloured(runs) if color in shown]
+    handles = [pyplot.Line2D([], [], color=color, label=name) for name, color in names]
     figure.legend(handles=handles, frameon=False, loc="lower center", ncols=len(handles), fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file)
@@ -67,12 +69,28 @@ def _label(axes: Any, title: str, x: str) -> None:
     axes.set_xlabel(x, fontsize=9)
 
 
+def _over_text(axes: Any, title: str) -> None:
+    """Logarithmic axes with plain numbers, which matplotlib writes as powers."""
+    from matplotlib import ticker
+
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
+    _label(axes, title, "text tokens before it, t")
+
+
+def _over_layers(axes: Any, title: str) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _label(axes, title, "layer")
+
+
 def _mass(axes: Any, runs: Sequence[Run]) -> None:
     """Omega_V over the text tokens before it, with the power laws; exponents in the legend."""
     for run, color in _coloured(runs):
         for trace in filter(measures.looks, _there(run)):
             line = measures.mass(trace)[0]
-            axes.loglog(trace.text.text_before, line.values, color=color, linewidth=0.8, alpha=0.6)
+            axes.loglog(trace.text.text_before, line.values, color=color, linewidth=0.8, alpha=0.45)
             if line.fit is not None:
                 t = np.geomspace(line.fit.first, line.fit.last, 50)
                 label = f"{line.fit.exponent:.2f} ({line.fit.low:.2f} to {line.fit.high:.2f})"
@@ -80,14 +98,14 @@ def _mass(axes: Any, runs: Sequence[Run]) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if 0 < len(handles) <= 8:
         axes.legend(frameon=False, fontsize=7, title="exponent (95 %)", title_fontsize=7)
-    _label(axes, "$\\Omega_V(t)$, mean of layers and heads", "text tokens before it, t")
+    _over_text(axes, "$\\Omega_V(t)$, mean of layers and heads")
 
 
 def _tvr(axes: Any, runs: Sequence[Run]) -> None:
     for run, color in _coloured(runs):
         for trace in filter(measures.looks, _there(run)):
-            axes.loglog(trace.text.text_before, measures.tvr(trace)[0].values, color=color, linewidth=0.8, alpha=0.8)
-    _label(axes, "TVR(t), median of layers and heads", "text tokens before it, t")
+            axes.loglog(trace.text.text_before, measures.tvr(trace)[0].values, color=color, linewidth=0.8, alpha=0.45)
+    _over_text(axes, "TVR(t), median of layers and heads")
 
 
 def _entropy(axes: Any, runs: Sequence[Run]) -> None:
@@ -115,7 +133,7 @@ def _by_layer(axes: Any, runs: Sequence[Run], lines: Callable[[Trace], Sequence[
                 named.add(line.label)
                 x = np.arange(1, len(line.values) + 1)
                 axes.plot(x, line.values, STYLES[i % 4], color=color, linewidth=0.9, alpha=0.8, label=label)
-    if named:
+    if len(named) > 1:
         axes.legend(frameon=False, fontsize=7)
 
 
@@ -125,7 +143,7 @@ def _settled(axes: Any, runs: Sequence[Run]) -> None:
         if share is not None:
             axes.plot(share, color=color, marker="o", markersize=3)
     axes.set_ylim(0, 1.03)
-    _label(axes, "tokens whose prediction has settled", "layer")
+    _over_layers(axes, "tokens whose prediction has settled")
 
 
 def _probability(axes: Any, runs: Sequence[Run]) -> None:
@@ -134,7 +152,7 @@ def _probability(axes: Any, runs: Sequence[Run]) -> None:
         if mean is not None:
             axes.plot(mean, color=color, marker="o", markersize=3)
     axes.set_ylim(0, 1.03)
-    _label(axes, "probability of the final token", "layer")
+    _over_layers(axes, "probability of the final token")
 
 
 def _kl(axes: Any, runs: Sequence[Run]) -> None:
@@ -143,4 +161,4 @@ def _kl(axes: Any, runs: Sequence[Run]) -> None:
         if mean is not None:
             axes.plot(mean, color=color, marker="o", markersize=3)
     axes.set_ylim(bottom=0)
-    _label(axes, "KL from the final distribution (nats)", "layer")
+    _over_layers(axes, "KL from the final distribution (nats)")

@@ -126,11 +126,12 @@ def _run(trace: Trace, words: Mapping[int, str], budget: int) -> tuple[dict[str,
     visual = text.visual_tokens
     # Half of the budget is for curves (three of each layer's, three more in the lens), half for maps, two at least.
     curve = 4 * BASE64 * (6 * layers + 8)
-    count = int(min(total, TOKENS, budget / 2 / curve, budget / 2 / (2 * BASE64 * (visual + 4))))
+    cell = BASE64 * (visual + 4 + 4 * len(text.pictures))
+    count = int(min(total, TOKENS, budget / 2 / curve, budget / 2 / (2 * cell)))
     count = max(count, 1)
     if count < total:
         notes.append(f"The page shows the first {count:,} of {total:,} tokens; analysis.json and the plots have all.")
-    maps = list(_maps(trace, int(budget / 2 / (BASE64 * count * (visual + 4))))) if trace.maps and visual else []
+    maps = list(_maps(trace, int(budget / 2 / (count * cell)))) if trace.maps and visual else []
     of_layers = [m.label for m in maps if m.key.startswith("layer")]
     if trace.maps and visual and len(of_layers) < layers:
         notes.append(f"The page has maps of {len(of_layers)} of {layers} layers of self-attention; maps.npz has all.")
@@ -156,7 +157,7 @@ def _run(trace: Trace, words: Mapping[int, str], budget: int) -> tuple[dict[str,
         "tvr": lines(measures.tvr(trace)),
         "entropy": lines(measures.entropy(trace)),
         "ratio": lines(measures.ratio(trace)),
-        "maps": [_encoded(m, count) for m in maps],
+        "maps": [_encoded(m, count, text.pictures) for m in maps],
         "lens": None if trace.lens is None else _lens(trace.lens, words, count),
     }
     return run, notes
@@ -184,13 +185,14 @@ def _maps(trace: Trace, room: int) -> Iterator[_Map]:
     yield from every[: max(room, 1)]
 
 
-def _encoded(one: _Map, count: int) -> dict[str, str]:
-    """The map in 255ths of each token's maximum."""
+def _encoded(one: _Map, count: int, pictures: Sequence[Picture]) -> dict[str, str]:
+    """The map in 255ths of each token's maximum, and the exact sum of each picture."""
     values = one.values[:count]
     scale = values.max(1)
     parts = np.round(255 * values / np.where(scale > 0, scale, 1)[:, None]).astype(np.uint8)
+    sums = np.stack([values[:, picture.start : picture.stop].sum(1) for picture in pictures], 1)
     fields = {"key": one.key, "label": one.label, "unit": one.unit}
-    return fields | {"data": _base64(parts), "scale": _floats(scale)}
+    return fields | {"data": _base64(parts), "scale": _floats(scale), "sums": _floats(sums)}
 
 
 def _lens(lens: Lens, words: Mapping[int, str], count: int) -> dict[str, Any]:
