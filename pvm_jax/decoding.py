@@ -41,7 +41,7 @@ from pvm_jax.sampling import (
     row_keys,
     sample,
 )
-from pvm_jax.sharding import AnyMesh, local_rows, mesh_of, shard_batch, take_rows
+from pvm_jax.sharding import AnyMesh, local_rows, mesh_of, shard_batch, take_rows, ways_of
 
 CHUNK = 64  # decode steps a dispatch, and the room of the first cache
 
@@ -95,7 +95,7 @@ def complete(
     keys = row_keys(seed, rows)
     graphdef, params = nnx.split(model)
     prompt, mesh = batch.tokens.shape[1], mesh_of(params)
-    if mesh is not None and batch.tokens.shape[0] % _ways(mesh) == 0:
+    if mesh is not None and batch.tokens.shape[0] % ways_of(mesh) == 0:
         batch = shard_batch(take_rows(batch, local_rows(batch.tokens.shape[0], mesh)), mesh)
     rooms = cache_rooms(max_new_tokens - 1)  # the last token is never fed back, so it needs no slot
 
@@ -108,7 +108,7 @@ def complete(
     made = _Made(rows, max_new_tokens)
     made.add(np.asarray(token)[:, None], np.asarray(logprob)[:, None])
     while made.length < max_new_tokens and not (finished := np.asarray(state.finished)).all():
-        if compact and (keep := made.keep(finished, ways=_ways(mesh))) is not None:
+        if compact and (keep := made.keep(finished, ways=ways_of(mesh))) is not None:
             state = take_rows_of_state(graphdef, params, state, keep, mesh=mesh)
         free = state.cache.capacity - prompt - (made.length - 1)
         if free == 0:
@@ -310,11 +310,6 @@ def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *
         history=None if state.history is None else state.history[rows],
     )
     return _spread(taken, model, mesh)
-
-
-def _ways(mesh: AnyMesh | None) -> int:
-    """Devices over which rows are spread."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def state_shardings(state: State, config: ModelConfig, scan: bool, mesh: AnyMesh) -> State:

@@ -84,6 +84,11 @@ def mesh_of(tree: Any) -> AnyMesh | None:
     return None
 
 
+def ways_of(mesh: AnyMesh | None) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def _layout(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: AnyMesh) -> tuple[PartitionSpec, list[str]]:
     """The layout of one parameter, and everything that is wrong with it."""
     spec: list[str | None] = []

@@ -155,6 +155,25 @@ def read_video(
     return frames, indices, float(rate)
 
 
+def read_frames(
+    source: str | Path | Stored | Sequence[Any],
+    settings: VideoSettings,
+    fps: float | int | None = None,
+    where: str = "video",
+) -> tuple[list[Image.Image], list[int], float]:
+    """The frames of a file or a list that are looked at, their indices, and the frames per second; see `process_video`.
+
+    Raises:
+      DataError: they cannot be read.
+    """
+    if fps is not None and not fps > 0:
+        raise DataError(f"{where}: fps: expected a positive number, got {fps!r}")
+    if isinstance(source, str | Path | Stored):
+        return read_video(source, settings, fps, where)
+    frames = [open_image(frame, f"{where}: frame {i}") for i, frame in enumerate(source)]
+    return frames, list(range(len(frames))), float(fps or FRAMES_FPS)
+
+
 def _open(content: str | bytes) -> Any:
     import av
 
@@ -179,13 +198,7 @@ def process_video(
       fps: of a file: frames to sample a second (default: the checkpoint's); of a list: the rate at which its frames
         were taken (default: 24).
     """
-    if fps is not None and not fps > 0:
-        raise DataError(f"{where}: fps: expected a positive number, got {fps!r}")
-    if isinstance(source, str | Path | Stored):
-        frames, indices, rate = read_video(source, settings, fps, where)
-    else:
-        frames = [open_image(frame, f"{where}: frame {i}") for i, frame in enumerate(source)]
-        indices, rate = list(range(len(frames))), fps or FRAMES_FPS
+    frames, indices, rate = read_frames(source, settings, fps, where)
     sizes = {frame.size for frame in frames}
     if len(sizes) > 1:
         raise DataError(f"{where}: expected frames of one size, got (width, height) {sorted(sizes)}")

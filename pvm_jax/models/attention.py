@@ -39,12 +39,7 @@ def attention(
     """
     batch, length, heads, dim = q.shape
     groups = heads // k.shape[1]
-    # [B,T,K,G,H] -> [B,K,T*G,H]: one plain matrix product per key head.
-    q = q.reshape(batch, length, -1, groups, dim).swapaxes(1, 2).reshape(batch, k.shape[1], length * groups, dim)
-    if isinstance(mask, SameId):
-        mask = mask.replace(query_ids=jnp.repeat(mask.query_ids, groups, axis=1))
-    else:
-        mask = jnp.repeat(jnp.broadcast_to(mask, (batch, length, mask.shape[2])), groups, axis=1)
+    q, mask = _by_key_head(q, k, mask)
     block = next((b for b in _BLOCKS if length % b == 0), length)
     if length <= _LONG or block == length:
         out = _attend(q, k, v, mask)
@@ -53,14 +48,44 @@ def attention(
     return out.reshape(batch, -1, length, groups, dim).swapaxes(1, 2).reshape(batch, length, heads, dim)
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array | SameId) -> Array:
-    """q [B,K,Q,H], mask [B,Q,S] -> [B,K,Q,H]."""
+def attention_weights(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], mask: Bool[Array, "#B #T S"]
+) -> Float[Array, "B T N S"]:
+    """The weights with which `attention` averages v, fp32; a query that may look at nothing gets 0 everywhere.
+
+    They exist as a whole: for a few queries at a time.
+    """
+    batch, length, heads, _ = q.shape
+    rows, grouped = _by_key_head(q, k, mask)
+    weights = _exponentials(rows, k, grouped)
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    weights = weights.reshape(batch, k.shape[1], length, -1, k.shape[2]).swapaxes(1, 2)
+    return weights.reshape(batch, length, heads, -1) * mask.any(axis=-1)[:, :, None, None]
+
+
+def _by_key_head(q: Array, k: Array, mask: Array | SameId) -> tuple[Array, Array | SameId]:
+    """q [B,T,N,H] and mask [B,T,S] as [B,K,T*G,H] and [B,T*G,S]: one plain matrix product per key head."""
+    batch, length, heads, dim = q.shape
+    groups = heads // k.shape[1]
+    q = q.reshape(batch, length, -1, groups, dim).swapaxes(1, 2).reshape(batch, k.shape[1], length * groups, dim)
+    if isinstance(mask, SameId):
+        return q, mask.replace(query_ids=jnp.repeat(mask.query_ids, groups, axis=1))
+    return q, jnp.repeat(jnp.broadcast_to(mask, (batch, length, mask.shape[2])), groups, axis=1)
+
+
+def _exponentials(q: Array, k: Array, mask: Array | SameId) -> Array:
+    """q [B,K,Q,H], mask [B,Q,S] -> weights [B,K,Q,S] that are not divided by their sum yet."""
     if isinstance(mask, SameId):
         mask = mask.query_ids[:, :, None] == mask.key_ids[:, None, :]
     scores = _scores(q, k) / math.sqrt(q.shape[-1])
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    return jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | SameId) -> Array:
+    """q [B,K,Q,H], mask [B,Q,S] -> [B,K,Q,H]."""
+    weights = _exponentials(q, k, mask)
     # Divided behind the product with v: H columns instead of S.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     out = jnp.einsum("BKQS,BKSH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
 

@@ -5,6 +5,8 @@ Source: transformers, modeling_qwen3_vl.py, Qwen3VLTextModel; PVM as in `pvm.py`
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -29,6 +31,7 @@ class Context:
       is_text: [B,T] False at image tokens.
       visual_index: [B,T] visual token at each place, -1 = text; None in a decode step (nothing to add).
       memory_mask: [B,T,M], or a rule: what PVM may retrieve; None without PVM.
+      watch: for analyses: called in each layer, while it is traced, with some of its values by name.
     """
 
     cos: Float[Array, "B T half"]
@@ -37,6 +40,7 @@ class Context:
     is_text: Bool[Array, "B T"]
     visual_index: Int[Array, "B T"] | None
     memory_mask: Bool[Array, "B T M"] | MemoryRule | None
+    watch: Callable[..., None] | None = None
 
 
 def take_visual(features: Float[Array, "B M D"], visual_index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -65,6 +69,8 @@ class SelfAttention(nnx.Module):
         k, v = k.swapaxes(1, 2), einsum("BTD,KHD->BKTH", x, self.v_proj)
         if cache is not None:
             cache, k, v = cache.update(k, v)
+        if ctx.watch:
+            ctx.watch(queries=q, keys=k)
         out = attend(q, k, v, ctx.mask)
         return einsum("BTNH,DNH->BTD", out, self.o_proj), cache
 
@@ -92,7 +98,10 @@ class DecoderLayer(nnx.Module):
         y = self.mlp(rms_norm(h, self.post_attention_layernorm, self.eps))
         if memory is not None:
             # PVM reads h itself, not the FFN's normalised input.
-            y = y + self.pvm_block(h, memory, ctx.memory_mask, ctx.is_text)
+            retrieved = self.pvm_block(h, memory, ctx.memory_mask, ctx.is_text)
+            if ctx.watch:
+                ctx.watch(memory_queries=self.pvm_block.queries(h), retrieved=retrieved, ffn=y)
+            y = y + retrieved
         x = h + y
         if deepstack is not None:
             x = x + jnp.where(ctx.is_text[..., None], 0, take_visual(deepstack, ctx.visual_index))
@@ -136,21 +145,39 @@ class Decoder(nnx.Module):
 
         `deepstack` is None in a decode step: text tokens receive nothing from it.
         """
-        new_cache = {}
+        x, new_cache, _ = self.run_layers(x, ctx, deepstack, memory, cache, slot)
+        return rms_norm(x, self.norm, self.eps), new_cache
+
+    def run_layers(
+        self,
+        x: Float[Array, "B T D"],
+        ctx: Context,
+        deepstack: Float[Array, "n B M D"] | None,
+        memory: dict[str, ProjectedMemory],
+        cache: dict[str, KeyValue] | None,
+        slot: Int[Array, ""] | None,
+        apply: Callable | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, KeyValue | None], dict[str, Any]]:
+        """Hidden states behind the last layer, the cache, and by group [L,...] what `apply` kept of its layers.
+
+        `apply` stands in for `apply_layer`, which keeps nothing.
+        """
+        new_cache, kept = {}, {}
         taps = 0 if deepstack is None else deepstack.shape[0]
         for name, stacked in in_order(self.layers):
             layers = group_layers(name)
             features = deepstack[layers.start : layers.stop] if layers.start < taps else None
             pair = None if cache is None else cache[name]
-            apply = functools.partial(_apply_layer, ctx, memory.get(name), slot)
+            one = functools.partial(apply or apply_layer, ctx, memory.get(name), slot)
             inputs = (jnp.arange(len(layers)), features)
-            x, new_cache[name] = scan_layers(stacked, apply, (x, pair), inputs, remat=self.remat)
-        return rms_norm(x, self.norm, self.eps), new_cache
+            (x, new_cache[name]), kept[name] = scan_layers(stacked, one, (x, pair), inputs, remat=self.remat)
+        return x, new_cache, kept
 
 
-def _apply_layer(ctx: Context, memory: ProjectedMemory | None, slot, layer: DecoderLayer, carry, inputs):
+def apply_layer(ctx: Context, memory: ProjectedMemory | None, slot, layer: DecoderLayer, carry, inputs):
+    """One layer of `Decoder.run_layers`, as `stack.scan_layers` calls it; `carry` is (x, keys and values)."""
     x, pair = carry
     index, deepstack = inputs
     cache = None if pair is None else LayerCache(*pair, slot, index)
     x, cache = layer(x, ctx, cache, deepstack, memory)
-    return x, None if cache is None else (cache.keys, cache.values)
+    return (x, None if cache is None else (cache.keys, cache.values)), None

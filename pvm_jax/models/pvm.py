@@ -70,6 +70,12 @@ class PVMBlock(nnx.Module):
         k = rms_norm(einsum("BMR,KHR->BKMH", latent, self.cross_attn.k_proj), self.cross_attn.k_norm, self.eps)
         return k, einsum("BMR,KHR->BKMH", latent, self.cross_attn.v_proj)
 
+    def queries(self, h: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
+        """What hidden states ask the memory for."""
+        attn = self.cross_attn
+        latent = rms_norm(einsum("BTD,RD->BTR", h, self.text_reducer), self.input_norm, self.eps)
+        return rms_norm(einsum("BTR,NHR->BTNH", latent, attn.q_proj), attn.q_norm, self.eps)
+
     def __call__(
         self,
         h: Float[Array, "B T D"],
@@ -78,11 +84,8 @@ class PVMBlock(nnx.Module):
         is_text: Bool[Array, "B T"],
     ) -> Float[Array, "B T D"]:
         """What the branch adds to the FFN's output; exactly 0 for visual queries and where the mask shows nothing."""
-        attn = self.cross_attn
-        latent = rms_norm(einsum("BTD,RD->BTR", h, self.text_reducer), self.input_norm, self.eps)
-        q = rms_norm(einsum("BTR,NHR->BTNH", latent, attn.q_proj), attn.q_norm, self.eps)
-        retrieved = retrieve(q, *memory, mask)
-        a = einsum("BTNH,RNH->BTR", retrieved, attn.o_proj)
+        retrieved = retrieve(self.queries(h), *memory, mask)
+        a = einsum("BTNH,RNH->BTR", retrieved, self.cross_attn.o_proj)
         m = a + self.mlp(rms_norm(a, self.post_attn_norm, self.eps))
         y = rms_norm(einsum("BTR,DR->BTD", m, self.output_expander), None, self.eps)
         gate = self.gate_alpha[...].astype(jnp.float32)

@@ -81,12 +81,44 @@ class Qwen3VL(nnx.Module):
         mask, memory_mask = self._masks(batch)
         ctx = self._context(batch, batch.positions, mask=mask, memory_mask=memory_mask)
         projected = self.text.project_memory(visual.tokens if memory is None else memory)
-        hidden, _ = self.text(self._embed(batch, visual), ctx, visual.deepstack, projected)
+        hidden, _ = self.text(self.embed(batch, visual), ctx, visual.deepstack, projected)
         return hidden
 
     def encode_images(self, batch: Batch) -> VisualTokens:
         """Visual tokens and DeepStack features of the batch's patches."""
         return self.visual(jax.tree.map(jnp.asarray, batch), self.dtype, self.attention)
+
+    def embed(self, batch: Batch, visual: VisualTokens) -> Float[Array, "B T D"]:
+        """What enters the first layer: embeddings, and visual tokens in their places."""
+        x = self.text.embed_tokens[...][batch.tokens].astype(self.dtype)
+        is_visual = (batch.visual_index >= 0)[:, :, None]
+        return jnp.where(is_visual, take_visual(visual.tokens, batch.visual_index), x)
+
+    def window(self, batch: Batch, start: Int[Array, ""], length: int) -> Context:
+        """What the layers need to know of the columns start .. start + length - 1 of a batch.
+
+        For passes that go through rows of T columns window by window, with a cache of T slots for the keys and values
+        of the windows before: each column sees what it sees in a pass over all of them at once.
+        """
+
+        def cut(x: Array, axis: int = 1) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, length, axis)
+
+        segments, is_visual = batch.segment_ids, batch.visual_index >= 0
+        ids = cut(segments)
+        columns = jnp.broadcast_to(start + jnp.arange(length), ids.shape)
+        same = (ids[:, :, None] == segments[:, None, :]) & (ids > 0)[:, :, None]
+        causal = jnp.arange(segments.shape[1]) <= columns[:, :, None]
+        hidden_vision = hide_vision(cut(is_visual), is_visual, batch.vision_masked)
+        cos, sin = self._rope(cut(batch.positions, axis=2))
+        return Context(
+            cos=cos,
+            sin=sin,
+            mask=same & causal & ~hidden_vision,
+            is_text=cut(~is_visual),
+            visual_index=cut(batch.visual_index),
+            memory_mask=self._memory_mask(columns, ids, batch.memory_index, batch.memory_segment_ids),
+        )
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Unembedding, fp32."""
@@ -170,7 +202,7 @@ class Qwen3VL(nnx.Module):
             mask=new.valid[:, None, :] & causal & ~hidden_vision,
             memory_mask=self._memory_mask(columns, batch.segment_ids, new.memory_slots, memory_ids),
         )
-        x = self._embed(batch, visual)
+        x = self.embed(batch, visual)
         hidden, pairs = self.text(x, ctx, visual.deepstack, new.memory, cache.pairs(), cache.filled)
         return hidden, new.with_pairs(pairs)
 
@@ -199,11 +231,6 @@ class Qwen3VL(nnx.Module):
         x = self.text.embed_tokens[...][tokens][:, None].astype(self.dtype)
         hidden, pairs = self.text(x, ctx, None, cache.memory, cache.pairs(), cache.filled)
         return hidden[:, 0], new.with_pairs(pairs)
-
-    def _embed(self, batch: Batch, visual: VisualTokens) -> Float[Array, "B T D"]:
-        x = self.text.embed_tokens[...][batch.tokens].astype(self.dtype)
-        is_visual = (batch.visual_index >= 0)[:, :, None]
-        return jnp.where(is_visual, take_visual(visual.tokens, batch.visual_index), x)
 
     def _rope(self, positions: Int[Array, "3 B T"]) -> tuple[Array, Array]:
         text = self.config.text

@@ -33,13 +33,13 @@ def unstack(stacked: nnx.Module) -> nnx.Module:
 
 def scan_layers(
     stacked: nnx.Module,
-    apply: Callable[[Any, Carry, Any], Carry],
+    apply: Callable[[Any, Carry, Any], tuple[Carry, Any]],
     carry: Carry,
     per_layer: Any = None,
     *,
     remat: bool = False,
-) -> Carry:
-    """Runs `carry = apply(layer, carry, per_layer[i])` over the L layers of a group.
+) -> tuple[Carry, Any]:
+    """Runs `carry, kept[i] = apply(layer, carry, per_layer[i])` over the L layers of a group.
 
     A group of one layer is not a loop: taking layer 0 of a stack of one is free, while XLA:CPU copies what a loop
     slices out of a stack. `remat` keeps only the carries for the backward pass.
@@ -48,12 +48,13 @@ def scan_layers(
 
     def body(carry, inputs):
         params, extra = inputs
-        return apply(nnx.merge(graphdef, params), carry, extra), None
+        return apply(nnx.merge(graphdef, params), carry, extra)
 
     alone = jax.tree.leaves(params)[0].shape[0] == 1
     if remat:
         # Outside of a loop the compiler could merge the second computation with the first, or begin it early.
         body = jax.checkpoint(body, prevent_cse=alone)
     if alone:
-        return body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))[0]
-    return jax.lax.scan(body, carry, (params, per_layer))[0]
+        carry, kept = body(carry, jax.tree.map(lambda x: x.squeeze(0), (params, per_layer)))
+        return carry, jax.tree.map(lambda x: x[None], kept)
+    return jax.lax.scan(body, carry, (params, per_layer))

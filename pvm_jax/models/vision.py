@@ -138,7 +138,7 @@ class VisionTower(nnx.Module):
 
         deepstack = []
         for last, (_, blocks) in zip(self.last_block, in_order(self.blocks)):
-            x = scan_layers(blocks, lambda block, x, _: block(x, cos, sin, mask), x, remat=self.remat)
+            x, _ = scan_layers(blocks, lambda block, x, _: (block(x, cos, sin, mask), None), x, remat=self.remat)
             if last in config.deepstack_visual_indexes:
                 deepstack.append(self.deepstack_merger_list[str(len(deepstack))](x))
         tokens = self.merger(x)

@@ -1,0 +1,128 @@
+"""The texts that are analysed: answers that are given, or ones that the model writes."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pvm_jax.analysis.results import AnalysisError, Text
+from pvm_jax.analysis.retrieval import pictures
+from pvm_jax.data.packing import Encoded, extend
+from pvm_jax.data.processor import Processor
+from pvm_jax.decoding import complete
+from pvm_jax.generate import encode, make_batch
+from pvm_jax.models.qwen3_vl import Qwen3VL
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A text as readers see it and as the model does."""
+
+    text: Text
+    encoded: Encoded
+
+
+def read(processor: Processor, samples: Sequence[Mapping[str, Any]]) -> list[Source]:
+    """Conversations with their answers: all of what the assistant says is measured.
+
+    Raises:
+      AnalysisError: a conversation without an assistant's turn.
+      DataError: one that cannot be encoded.
+    """
+    return [_source(processor, sample, processor.encode(sample, targets=True)) for sample in _named(samples)]
+
+
+def write(
+    model: Qwen3VL,
+    processor: Processor,
+    samples: Sequence[Mapping[str, Any]],
+    new_tokens: int,
+    *,
+    forced: bool = True,
+    rows: int = 8,
+) -> list[Source]:
+    """Conversations with the greedy answers of a model, which are measured.
+
+    Args:
+      samples: an assistant's turn at the end is left out.
+      new_tokens: length of the answers.
+      forced: the tokens that end an answer are never chosen, so that each has `new_tokens`; else it may end before.
+      rows: conversations answered at once.
+
+    Raises:
+      GenerationError, DataError: see `pvm_jax.generate`.
+    """
+    questions = [_question(sample) for sample in _named(samples)]
+    stops = tuple(processor.eos_token_ids)
+    banned = [*processor.banned_token_ids.tolist(), *(stops if forced else ())]
+    written: list[Source] = []
+    for first in range(0, len(questions), rows):
+        part = questions[first : first + rows]
+        prompts = encode(processor, part)
+        made = complete(
+            model,
+            make_batch(prompts),
+            max_new_tokens=new_tokens,
+            stop_token_ids=() if forced else stops,
+            banned_token_ids=banned,
+        )
+        for row, (sample, prompt) in enumerate(zip(part, prompts)):
+            answer = extend(prompt, made.tokens[row, : made.lengths[row]])
+            written.append(_source(processor, sample, answer))
+    return written
+
+
+def _named(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for i, sample in enumerate(samples):
+        yield {"id": str(i + 1), **sample}
+
+
+def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
+    messages = list(sample["messages"])
+    return {**sample, "messages": messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages}
+
+
+def _source(processor: Processor, sample: Mapping[str, Any], encoded: Encoded) -> Source:
+    name = str(sample["id"])
+    columns = np.flatnonzero(encoded.loss_mask).astype(np.int32)
+    columns = columns[columns > 0]  # nothing stands before the first token that could predict it
+    if not len(columns):
+        raise AnalysisError(
+            f"sample {name}: expected an answer to measure, found no assistant's turn; add one, or have one written"
+        )
+    is_text = encoded.visual_index < 0
+    text = Text(
+        name=name,
+        ids=encoded.tokens,
+        pieces=pieces(processor, encoded.tokens),
+        visual_index=encoded.visual_index,
+        columns=columns,
+        context=columns,
+        text_before=np.cumsum(is_text, dtype=np.int32)[columns - 1],
+        pictures=pictures(processor, sample, encoded),
+    )
+    return Source(text, encoded)
+
+
+def pieces(processor: Processor, ids: Sequence[int] | np.ndarray) -> tuple[str, ...]:
+    """The text of each token, special tokens included; joined they are the text of all.
+
+    Tokens of byte-level vocabularies may end within a character, which decodes to U+FFFD. Such tokens wait for the ones
+    that complete it:
+
+        "n", "\\xc3", "\\xb6"  ->  "n", "", "ö"
+    """
+    done: list[str] = []
+    waiting: list[int] = []
+    for token in ids:
+        waiting.append(int(token))
+        text = processor.decode(waiting, skip_special_tokens=False)
+        if text.endswith("\ufffd"):
+            done.append("")
+        else:
+            done.append(text)
+            waiting = []
+    if waiting:
+        done[-1] = processor.decode(waiting, skip_special_tokens=False)
+    return tuple(done)

@@ -1,0 +1,321 @@
+"""Attention, retrieval and the logit lens as measured, against transformers and PVM's equations in torch.
+
+Tolerances: 1e-5 absolute on masses, maps and probabilities (matmul precision "highest").
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pvm_reference
+import pytest
+import tiny
+import torch
+from flax import nnx
+from torch.nn import functional as F
+
+from pvm_jax.analysis import dilution, logit_lens, texts, walk
+from pvm_jax.analysis.tracing import trace
+from pvm_jax.checkpoint import load_model
+from pvm_jax.data.processor import Processor
+from pvm_jax.models.stack import unstack
+from pvm_jax.sharding import make_mesh
+
+CLOSE = 1e-5
+WINDOW = 48
+SAMPLES = {
+    name: tiny.conversations()[name] | {"id": name} for name in ("image", "two_images", "turns", "video", "short")
+} | {
+    "text_before": {
+        "id": "text_before",
+        "messages": [tiny.user(tiny.text(40, 30), tiny.image(41, 75, 141), "what is it?"), tiny.assistant("one two")],
+    }
+}
+WITH_IMAGES = tuple(name for name in SAMPLES if name != "short")
+
+
+@pytest.fixture(scope="module")
+def processor(processor_dir):
+    return Processor.from_pretrained(processor_dir)
+
+
+@pytest.fixture(scope="module")
+def model(pvm_checkpoint):
+    return load_model(pvm_checkpoint, scan=True)
+
+
+@pytest.fixture(scope="module")
+def sources(processor):
+    return texts.read(processor, list(SAMPLES.values()))
+
+
+@pytest.fixture(scope="module")
+def traces(model, sources):
+    return {t.text.name: t for t in trace(model, sources, heads=True, rows=len(sources), window=WINDOW)}
+
+
+@dataclasses.dataclass
+class Expected:
+    """What torch computes for one conversation, at the queries of its answer (columns - 1)."""
+
+    attention: np.ndarray  # [L,N,T,C] self-attention's weights on all tokens
+    hidden: torch.Tensor  # [L,T,D] behind each layer, the last one normed
+    residual: dict[int, torch.Tensor]  # PVM layer -> [C,D] what its query is made of
+    memory: torch.Tensor  # [M,D]
+    visible: np.ndarray  # [T,M]
+
+
+@pytest.fixture(scope="module")
+def oracle_model(pvm_checkpoint):
+    return pvm_reference.load(pvm_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def expected(pvm_checkpoint, oracle_model, traces):
+    made = {}
+
+    @torch.no_grad()
+    def get(name: str) -> Expected:
+        if name not in made:
+            torch_model = oracle_model
+            torch_model.model.rope_deltas = None
+            inputs = oracle.inputs(pvm_checkpoint, SAMPLES[name])
+            out = torch_model(**inputs, output_attentions=True, output_hidden_states=True)
+            at = traces[name].text.columns - 1
+            language = torch_model.model.language_model
+            made[name] = Expected(
+                attention=np.stack([layer[0].numpy() for layer in out.attentions])[:, :, at],
+                hidden=torch.stack([layer[0] for layer in out.hidden_states[1:]])[:, at],
+                residual={i: language.layers[i].residual[0] for i in tiny.PVM_LAYERS},
+                memory=torch_model.memory,
+                visible=(torch_model.memory_columns[None] <= torch_model.columns[:, None]).numpy()[at],
+            )
+        return made[name]
+
+    return get
+
+
+# ------------------------------------------------------------------------------------- self-attention
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_attention_is_that_of_transformers(traces, expected, name):
+    got, want = traces[name], expected(name).attention
+    visual = got.text.visual_index >= 0
+    assert visual.sum() == got.text.visual_tokens > 4
+    mass = want[..., visual].sum(axis=-1)
+    assert mass.std() > 0.05, "attention that could hide a mistake"
+    np.testing.assert_allclose(got.dilution.visual_mass, mass, atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(got.dilution.tvr, want[..., ~visual].sum(axis=-1) / mass, rtol=CLOSE)
+    np.testing.assert_allclose(got.maps.attention_heads, want[..., visual], atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(got.maps.attention, want[..., visual].mean(axis=1), atol=CLOSE, rtol=0)
+
+
+def test_a_query_next_door_is_another(traces, expected):
+    """The comparison above would see an answer that is measured one column too late."""
+    got, want = traces["image"], expected("image").attention
+    mass = want[..., got.text.visual_index >= 0].sum(axis=-1)
+    assert np.abs(got.dilution.visual_mass[..., 1:] - mass[..., :-1]).max() > 100 * CLOSE
+
+
+# --------------------------------------------------------------------------------------------- PVM
+
+
+@torch.no_grad()
+def retrieval(block, h: torch.Tensor, memory: torch.Tensor, visible: torch.Tensor) -> np.ndarray:
+    """softmax_V(q k^T / sqrt(H)) of PVM's equations; h [T,D] -> [R,T,M]."""
+    attn, dim = block.cross_attn, block.head_dim
+    q = attn["q_norm"](attn["q_proj"](block.input_norm(block.text_reducer(h))).unflatten(-1, (-1, dim)))
+    k = attn["k_norm"](attn["k_proj"](block.vision_reducer(memory)).unflatten(-1, (-1, dim)))
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    scores = torch.einsum("trh,mrh->rtm", q, k) / dim**0.5
+    return torch.nan_to_num(scores.masked_fill(~visible, -torch.inf).softmax(-1)).numpy()
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_retrieval_is_that_of_the_equations(traces, expected, oracle_model, name):
+    got, want = traces[name], expected(name)
+    assert got.pvm_layers == tiny.PVM_LAYERS
+    for p, i in enumerate(got.pvm_layers):
+        block = oracle_model.model.language_model.layers[i].pvm_block
+        at = torch.from_numpy(got.text.columns - 1).long()
+        weights = retrieval(block, want.residual[i][at], want.memory, torch.from_numpy(want.visible))
+        np.testing.assert_allclose(got.maps.retrieval[p], weights, atol=CLOSE, rtol=0)
+        entropy = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-30)), 0), axis=-1)
+        np.testing.assert_allclose(got.dilution.pvm_entropy[p], entropy, atol=10 * CLOSE, rtol=0)
+
+
+def test_the_share_of_pvm(traces, expected, oracle_model):
+    got, want = traces["turns"], expected("turns")
+    at = torch.from_numpy(got.text.columns - 1).long()
+    for p, i in enumerate(got.pvm_layers):
+        layer = oracle_model.model.language_model.layers[i]
+        h = want.residual[i][at]
+        with torch.no_grad():
+            branch = layer.pvm_block(h, want.memory, torch.from_numpy(want.visible))
+            # Without the hook that adds the branch.
+            x = pvm_reference.rms(h) * layer.post_attention_layernorm.weight
+            ffn = layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
+        ratio = (branch.norm(dim=-1) / ffn.norm(dim=-1)).numpy()
+        assert ratio.min() > 0.1
+        np.testing.assert_allclose(got.dilution.pvm_ratio[p], ratio, rtol=1e-4)
+
+
+def test_retrieval_adds_up_to_one_over_what_the_mask_shows(traces, expected):
+    for name in WITH_IMAGES:
+        maps, visible = traces[name].maps.retrieval, expected(name).visible
+        sums = np.where(visible, maps, 0).sum(axis=-1)
+        np.testing.assert_allclose(sums, 1, atol=CLOSE, err_msg=name)
+        assert not np.where(visible, 0, maps).any(), name
+    assert not expected("turns").visible.all(), "an image that comes later would show a hole in the mask"
+
+
+def test_appended_text_changes_no_retrieval(model, processor, traces):
+    """Theorem 4.1 in a whole model: what a token retrieves does not depend, to the bit, on how the text goes on."""
+    question, answer = SAMPLES["two_images"]["messages"][:-1], SAMPLES["two_images"]["messages"][-1]["content"]
+    longer = {"messages": [*question, tiny.assistant(answer + " and then" + tiny.text(50, 12))]}
+    before = traces["two_images"]
+    # In the place of the first, so that the program is the same.
+    sources = texts.read(processor, [SAMPLES["image"], longer, *list(SAMPLES.values())[2:]])
+    after = trace(model, sources, heads=True, rows=len(sources), window=WINDOW)[1]
+    same = int(np.cumprod(before.text.ids == after.text.ids[: len(before.text.ids)]).sum())
+    keep = int((before.text.columns < same).sum())
+    assert keep > 20 and len(after.text.columns) > len(before.text.columns)
+    np.testing.assert_array_equal(after.maps.retrieval[:, :, :keep], before.maps.retrieval[:, :, :keep])
+    np.testing.assert_array_equal(after.dilution.pvm_entropy[:, :, :keep], before.dilution.pvm_entropy[:, :, :keep])
+
+
+def test_a_fixed_query_retrieves_the_same_however_long_the_text(model):
+    """Theorem 4.1 as the paper states it: the query is held, the text before it grows; and the contrast."""
+    block = unstack(model.text.layers["4"]).pvm_block
+    rng = np.random.default_rng(0)
+    query, image = (rng.normal(size=(1, n, 64)).astype(np.float32) for n in (1, 7))
+    memory = block.project(jnp.asarray(image))
+
+    @jax.jit
+    def retrieve(h):
+        seen = jnp.ones((1, h.shape[1]), bool)
+        return block(h, memory, jnp.broadcast_to(seen[..., None], (*seen.shape, 7)), seen)[0, -1]
+
+    def retrieved(text: int) -> np.ndarray:
+        return np.asarray(retrieve(np.concatenate([rng.normal(size=(1, text, 64)).astype(np.float32), query], axis=1)))
+
+    short = retrieved(40)
+    np.testing.assert_array_equal(retrieved(40), short)
+    np.testing.assert_allclose(retrieved(900), short, atol=1e-6, rtol=0)
+    assert np.abs(short).max() > 0.1
+
+
+def test_without_pvm(model, stock_checkpoint, traces, sources):
+    """Gates at 0 are the backbone alone; a checkpoint without PVM has no numbers about it."""
+    silent = trace(model, sources, heads=True, rows=len(sources), window=WINDOW, silence_pvm=True)
+    stock = trace(load_model(stock_checkpoint, scan=True), sources, heads=True, rows=len(sources), window=WINDOW)
+    for a, b in zip(silent, stock):
+        assert a.pvm_silenced and not a.dilution.pvm_ratio.any()
+        assert b.pvm_layers == () and b.dilution.pvm_entropy is b.dilution.pvm_ratio is b.maps.retrieval is None
+        assert any("has no PVM" in note for note in b.notes)
+    changed = silent[0].lens.given_probability - traces["image"].lens.given_probability
+    first = tiny.PVM_LAYERS[0]
+    assert not changed[:first].any() and np.abs(changed[first:]).max(axis=1).min() > CLOSE
+
+
+# --------------------------------------------------------------------------------------- logit lens
+
+
+@tiny.compiled
+def logits(model, batch):
+    return model.logits(model(batch))
+
+
+def test_the_last_layer_of_the_lens_is_the_model(model, processor, traces):
+    batch = processor(list(SAMPLES.values()))
+    distribution = np.asarray(jax.nn.softmax(logits(model, batch)))
+    for row, got in enumerate(traces.values()):
+        p = distribution[row, got.text.columns - 1]
+        each, given = np.arange(len(p)), got.text.ids[got.text.columns]
+        np.testing.assert_array_equal(got.lens.predicted, p.argmax(axis=1))
+        np.testing.assert_array_equal(got.lens.token[-1], p.argmax(axis=1))
+        np.testing.assert_allclose(got.lens.probability[-1], p.max(axis=1), atol=CLOSE, rtol=0)
+        np.testing.assert_allclose(got.lens.given_probability[-1], p[each, given], atol=CLOSE, rtol=0)
+        np.testing.assert_array_equal(got.lens.given_rank[-1], 1 + (p > p[each, given][:, None]).sum(axis=1))
+        assert (got.lens.rank[-1] == 1).all() and np.abs(got.lens.kl[-1]).max() < CLOSE
+
+
+@pytest.mark.parametrize("name", ("two_images", "video"))
+def test_every_layer_of_the_lens(traces, expected, oracle_model, name):
+    got, hidden = traces[name], expected(name).hidden
+    norm = oracle_model.model.language_model.norm
+    with torch.no_grad():
+        normed = torch.stack([*(norm(h) for h in hidden[:-1]), hidden[-1]])
+        log_p = oracle_model.lm_head(normed).log_softmax(-1)
+    final, token = log_p[-1], torch.from_numpy(got.lens.predicted).long()
+    of_token = log_p.gather(-1, token.expand(len(log_p), -1)[..., None])
+    np.testing.assert_allclose(got.lens.probability, of_token[..., 0].exp(), atol=CLOSE, rtol=0)
+    np.testing.assert_allclose(got.lens.kl, (final.exp() * (final - log_p)).sum(-1), atol=1e-4, rtol=0)
+    np.testing.assert_array_equal(got.lens.rank, 1 + (log_p > of_token).sum(-1))
+    np.testing.assert_array_equal(got.lens.token, log_p.argmax(-1))
+    for j, layer in enumerate(got.lens.settled):
+        assert (got.lens.token[layer:, j] == got.lens.predicted[j]).all()
+        assert layer == 0 or got.lens.token[layer - 1, j] != got.lens.predicted[j]
+
+
+def test_settled():
+    token = np.array([[5, 5, 1, 3], [5, 2, 2, 4], [5, 5, 3, 4]])
+    np.testing.assert_array_equal(logit_lens.settled(token), [0, 2, 2, 1])
+
+
+# ------------------------------------------------------------------------------ windows, mesh, memory
+
+
+def assert_same(a, b, atol=CLOSE) -> None:
+    """All numbers of two traces."""
+    for part in ("dilution", "lens", "maps"):
+        ours, theirs = getattr(a, part), getattr(b, part)
+        for field in dataclasses.fields(ours):
+            x, y = getattr(ours, field.name), getattr(theirs, field.name)
+            if isinstance(x, np.ndarray):
+                np.testing.assert_allclose(x, y, atol=atol, rtol=CLOSE, err_msg=f"{part}.{field.name}")
+
+
+def test_windows_equal_one_pass(model, sources, traces):
+    """Three windows, with answers that begin in one and end in another, against a single one; and rows one by one."""
+    for got in trace(model, sources[1:3], heads=True, rows=1, window=3 * WINDOW):
+        assert len(got.text.ids) > 2 * WINDOW
+        assert_same(got, traces[got.text.name])
+
+
+def test_a_mesh_measures_what_one_device_measures(pvm_checkpoint, sources, traces):
+    spread = load_model(pvm_checkpoint, scan=True, mesh=make_mesh(data=2, fsdp=2, tensor=2))
+    for got in trace(spread, sources, heads=True, rows=len(sources), window=WINDOW):
+        assert_same(got, traces[got.text.name])
+
+
+def test_memory_is_linear_in_the_length(small_checkpoint, processor):
+    """The compiled program's own account: temporaries and the cache, at 1, 2 and 4 times the length."""
+    model = load_model(small_checkpoint, scan=True)
+    graph, params = nnx.split(model)
+    wanted, sizes = walk.Wanted(lens=False), []
+    for length in (2048, 4096, 8192):
+        batch = jax.eval_shape(lambda n=length: jax.tree.map(jnp.asarray, processor([SAMPLES["image"]], length=n)))
+        entered, pairs = jax.eval_shape(lambda p, b: walk._enter(graph, p, b, mesh=None), params, batch)
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        lowered = walk.pass_window.lower(graph, params, entered, pairs, start, length=WINDOW, wanted=wanted, mesh=None)
+        memory = lowered.compile().memory_analysis()
+        sizes.append(memory.temp_size_in_bytes + memory.argument_size_in_bytes)
+    first, second = np.diff(sizes)
+    assert 1.9 < second / first < 2.1, sizes
+    assert first < 2048 * WINDOW * 4 * 4 * 6, sizes  # a few times one layer's scores of four heads
+
+
+def test_fit(traces):
+    """The fits of a trace are over text tokens, by layer and of the mean."""
+    assert traces["turns"].dilution.fit.last == 92 and traces["turns"].dilution.fit.exponent < 0
+    got = traces["image"]
+    assert got.dilution.fit is None and got.dilution.no_fit in " ".join(got.notes)
+    t = np.arange(10, 400)
+    mass = np.stack([np.full((2, 390), 0.3 / t**0.5), np.full((2, 390), 0.1 / t)]).astype(np.float32)
+    fits = dilution.fit_masses(t, mass)
+    np.testing.assert_allclose([fit.exponent for fit in fits.fits], [-0.5, -1], atol=1e-5)
+    assert -1 < fits.fit.exponent < -0.5 and fits.no_fit is None
