@@ -122,7 +122,10 @@ def test_a_command_line_that_cannot_be_used(small_checkpoint, data, tmp_path, ca
             '{"messages": [{"role": "user", "content": "<image>"}], "image": "x.png"}',
             "rows.jsonl row 0 (line 1), image",
         ),
-        ('{"id": "7", "messages": [{"role": "assistant", "content": ""}]}', "row 0 (line 1): sample 7: messages[0]: expected"),
+        (
+            '{"id": "7", "messages": [{"role": "assistant", "content": ""}]}',
+            "row 0 (line 1): sample 7: messages[0]: expected",
+        ),
     ],
 )
 def test_data_that_cannot_be_used(small_checkpoint, tmp_path, capsys, content, sentence):

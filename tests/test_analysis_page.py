@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_left_out_and_said_so():
         "image 1: scaled to 640 pixels on the longer side, from up to 1200, to keep the page light."
     ]
     shell = len(page.write_page([made.run("pvm", [made.trace(made.text(["a"], ()), 0)])], ""))
-    for budget, tokens, maps in ((140_000, 400, 3), (40_000, 117, 3)):
+    for budget, tokens, maps in ((160_000, 400, 3), (40_000, 117, 2)):
         small = page.write_page([run], "", budget=budget, image_budget=20_000)
         (sample,) = data_of(small)["samples"]
         (shown,) = sample["runs"]
@@ -231,7 +231,7 @@ def test_the_number_of_a_cell(opened):
     both = runs()
     browser = opened(both)
     exact = both[1].traces[0].maps.retrieval.mean((0, 1))
-    hover(browser, ".run:nth-child(2) canvas", -180, -180)
+    hover(browser, ".run:nth-child(2) canvas", -150, -150)
     readout = find(browser, ".run:nth-child(2) .cell")
     assert readout.text.startswith("image 1, row 1, column 1: ") and readout.text.endswith(" of the retrieval")
     assert float(readout.text.split()[-4]) == pytest.approx(exact[0, 0], abs=0.005)

@@ -122,7 +122,7 @@ class Panel {
     const canvas = el("canvas", { tabindex: "0", role: "img" });
     const unit = clamp(Math.floor(900 / Math.max(picture.rows, picture.columns)), 6, 40);
     Object.assign(canvas, { width: unit * picture.columns, height: unit * picture.rows });
-    const wide = this.sample.pictures.length === 1 ? 400 : this.sample.pictures.length < 5 ? 210 : 150;
+    const wide = this.sample.pictures.length === 1 ? (DATA.names.length > 1 ? 330 : 440) : this.sample.pictures.length < 5 ? 210 : 150;
     const caption = el("figcaption");
     const box = el("div", { class: `picture${picture.width < 300 ? " small" : ""}` });
     box.style.aspectRatio = `${picture.width} / ${picture.height}`;
@@ -351,5 +351,5 @@ function drawTop() {
   byId("measured").textContent = visible(JSON.stringify(DATA.measured, null, 1));
   fill(byId("sample"), DATA.samples.map((sample, i) => [i, sample.name]), 0);
   byId("sample-label").hidden = DATA.samples.length < 2;
-  fill(byId("scale"), [["token", "each token's own maximum"], ["all", "one for all tokens"]], "token");
+  fill(byId("scale"), [["token", "each token's maximum"], ["all", "one for all tokens"]], "token");
 }
