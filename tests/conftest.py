@@ -6,6 +6,7 @@ later runs share them.
 """
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -80,3 +81,26 @@ def pvm_checkpoint(checkpoints) -> Path:
 def small_checkpoint(checkpoints) -> Path:
     """`tiny.small_config` with random weights, PVM open."""
     return checkpoints.small()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium that keeps its console: `browser.get_log("browser")`."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no chromium and chromedriver here; on Debian: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium; pip install -e '.[test]'")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
+        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync --disable-quic "
+        f"--force-device-scale-factor=1 --user-data-dir={profile}"
+    ).split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield driver
+    driver.quit()

@@ -66,16 +66,14 @@ def test_forced_answers_never_end(model, processor):
     ended = texts.write(model, impatient, [sample], 40, forced=False)[0].text
     forced = texts.write(model, impatient, [sample], 40)[0]
     assert len(ended.columns) <= 4
-    assert (
-        len(forced.text.columns) == 40
-        and not np.isin(forced.text.ids[forced.text.columns], impatient.eos_token_ids).any()
-    )
+    answer = forced.text.ids[forced.text.columns]
+    assert len(answer) == 40 and not np.isin(answer, impatient.eos_token_ids).any()
     prompt = processor.encode(sample | {"messages": sample["messages"][:1]}, add_generation_prompt=True)
     np.testing.assert_array_equal(forced.text.ids[: forced.text.columns[0]], prompt.tokens)
-    for lens in (one.lens for one in trace(model, [forced], maps=False)):
-        free_choice = ~np.isin(lens.predicted, [*impatient.eos_token_ids, *processor.banned_token_ids])
-        assert free_choice.sum() > 10
-        assert (lens.predicted == forced.text.ids[forced.text.columns])[free_choice].all()
+    lens = trace(model, [forced])[0].lens
+    free_choice = ~np.isin(lens.predicted, [*impatient.eos_token_ids, *processor.banned_token_ids])
+    assert free_choice.sum() > 10
+    assert (lens.predicted == answer)[free_choice].all()
 
 
 # ------------------------------------------------------------------------------------------ pictures

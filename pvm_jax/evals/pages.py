@@ -1,7 +1,8 @@
-"""A report as one HTML page: `report_page.html` with the data of the report in it.
+"""Reports as one HTML page: a template with style, script and the data in it; here `report_page.html`.
 
 What models write is hostile text. It reaches the page as JSON in ASCII without `<`, `>` and `&`, and the page shows it
-as text nodes only; its Content-Security-Policy forbids every request. Images come as JPEGs that were encoded here.
+as text nodes only; its Content-Security-Policy forbids every request. Images are encoded here, as JPEG or PNG,
+whichever is smaller.
 """
 
 import base64
@@ -18,7 +19,6 @@ from pvm_jax.data.images import DataError, open_image
 Images = Callable[[str, str], Sequence[Any]]
 Records = Mapping[tuple[str, int], Mapping[str, Any]]
 
-MARK = "REPORT_DATA"
 THUMBNAIL = 256
 """Longer side of an image on the page, in pixels."""
 TEXT = 12_000
@@ -42,12 +42,29 @@ def write_page(
         {**part, "samples": _samples(part["benchmark"], runs, images, max_samples)}
         for part, runs in zip(parts, answers)
     ]
-    template = resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8")
-    before, after = template.split(MARK)
-    return before + _safe_json(shown) + after
+    return fill_page(resources.files(__package__).joinpath("report_page.html").read_text(encoding="utf-8"), shown)
 
 
-def _safe_json(value: Any) -> str:
+def fill_page(template: str, data: Any, style: str = "", script: str = "") -> str:
+    """A template whose lines PAGE_STYLE, PAGE_SCRIPT and the mark PAGE_DATA are replaced.
+
+    Args:
+      data: as JSON.
+      style, script: what follows `page.css` and `page.js`, which all pages share.
+    """
+    folder = resources.files(__package__)
+    parts = {
+        "PAGE_STYLE\n": folder.joinpath("page.css").read_text(encoding="utf-8") + style,
+        "PAGE_SCRIPT\n": folder.joinpath("page.js").read_text(encoding="utf-8") + script,
+        "PAGE_DATA": safe_json(data),  # last: nothing in it is a mark any more
+    }
+    for mark, content in parts.items():
+        before, after = template.split(mark)
+        template = before + content + after
+    return template
+
+
+def safe_json(value: Any) -> str:
     """JSON that ends no script element, whatever is in it; lone surrogates stay escapes."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
@@ -97,15 +114,24 @@ def shorten(text: str) -> str:
     return f"{text[:head]}\n\n[... {len(text) - head - tail} characters are not on this page ...]\n\n{text[-tail:]}"
 
 
-def thumbnail(source: Any) -> dict[str, Any]:
-    """{"url", "width", "height"} with the size of the original, or {"error"} for what is no image."""
+def thumbnail(source: Any, size: int = THUMBNAIL) -> dict[str, Any]:
+    """{"url", "width", "height"} with the size of the original, or {"error"} for what is no image.
+
+    Args:
+      size: of the longer side, at most.
+    """
     try:
-        image = open_image(source)
+        image = open_image(source).copy()  # it may be the caller's own
     except DataError as error:
         return {"error": str(error)}
     width, height = image.size
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    image.thumbnail((size, size), Image.Resampling.LANCZOS)
+    kind, content = min((_encoded(image, kind) for kind in ("jpeg", "png")), key=lambda made: len(made[1]))
+    url = f"data:image/{kind};base64," + base64.b64encode(content).decode("ascii")
     return {"url": url, "width": width, "height": height}
+
+
+def _encoded(image: Image.Image, kind: str) -> tuple[str, bytes]:
+    file = io.BytesIO()
+    image.save(file, kind, quality=80)  # PNG has none
+    return kind, file.getvalue()

@@ -1,0 +1,191 @@
+"""What a page, a plot and a file say of the same trace: its arrays reduced to curves, and curves to a row of a table.
+
+All outputs are made of these, so that their figures cannot differ.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from pvm_jax.analysis.results import PowerLaw, Trace
+
+SHARE = 0.1
+"""Of an answer: what "first" and "last" mean in the table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One model on all texts.
+
+    Attributes:
+      name: as the user calls it.
+      about: the checkpoint and what else decides its numbers.
+      traces: one a sample; None where the sample could not be analysed with this model.
+      words: the text of the tokens that the logit lens shows, by id.
+    """
+
+    name: str
+    about: Mapping[str, Any]
+    traces: Sequence[Trace | None]
+    words: Mapping[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A curve over the tokens of an answer.
+
+    Attributes:
+      label: "mean", "layer 3".
+      fit: of this curve over `Text.text_before`, if it was fitted.
+    """
+
+    label: str
+    values: Float32[np.ndarray, " T"]
+    fit: PowerLaw | None = None
+
+
+def looks(trace: Trace) -> bool:
+    """Whether there is anything to look at."""
+    return trace.text.visual_tokens > 0
+
+
+def mass(trace: Trace) -> list[Line]:
+    """Omega_V: mean over layers and heads, then of each layer over its heads. Empty for a text without images."""
+    if not looks(trace):
+        return []
+    found = trace.dilution
+    lines = [Line("mean of all layers", found.visual_mass.mean((0, 1)), found.fit)]
+    fits = found.fits or (None,) * len(found.visual_mass)
+    return lines + [Line(f"layer {i}", m.mean(0), fit) for i, (m, fit) in enumerate(zip(found.visual_mass, fits))]
+
+
+def tvr(trace: Trace) -> list[Line]:
+    """Textual dominance: median over layers and heads (a mean is one head's that looks at nothing), then by layer."""
+    if not looks(trace):
+        return []
+    values = trace.dilution.tvr
+    lines = [Line("median of all layers", np.median(values, (0, 1)).astype(np.float32))]
+    return lines + [Line(f"layer {i}", np.median(v, 0).astype(np.float32)) for i, v in enumerate(values)]
+
+
+def entropy(trace: Trace) -> list[Line]:
+    """Of PVM's retrieval in nats, by PVM layer, mean over its heads; empty where it retrieves from no image."""
+    from_slots = trace.maps is not None and trace.maps.retrieval is None
+    if trace.dilution.pvm_entropy is None or trace.pvm_silenced or from_slots or not looks(trace):
+        return []
+    by_layer = zip(trace.pvm_layers, trace.dilution.pvm_entropy)
+    return [Line(f"layer {layer}", values.mean(0)) for layer, values in by_layer]
+
+
+def ratio(trace: Trace) -> list[Line]:
+    """PVM's contribution relative to the FFN's, by PVM layer."""
+    if trace.dilution.pvm_ratio is None or trace.pvm_silenced:
+        return []
+    return [Line(f"layer {layer}", values) for layer, values in zip(trace.pvm_layers, trace.dilution.pvm_ratio)]
+
+
+def uniform(trace: Trace) -> float:
+    """Entropy of a retrieval that prefers nothing, in nats."""
+    return float(np.log(max(trace.text.visual_tokens, 1)))
+
+
+def settled_by_layer(run: Run) -> Float[np.ndarray, " L"] | None:
+    """The share of all tokens whose prediction has settled at each layer."""
+    lenses = [trace.lens for trace in run.traces if trace is not None and trace.lens is not None]
+    if not lenses:
+        return None
+    settled = np.concatenate([lens.settled for lens in lenses])
+    return (settled <= np.arange(len(lenses[0].rank))[:, None]).mean(1)
+
+
+def lens_mean(run: Run, field: str) -> Float[np.ndarray, " L"] | None:
+    """The mean of `probability` or `kl` over all tokens, by layer."""
+    lenses = [trace.lens for trace in run.traces if trace is not None and trace.lens is not None]
+    return np.concatenate([getattr(lens, field) for lens in lenses], axis=1).mean(1) if lenses else None
+
+
+def numbers(trace: Trace) -> dict[str, Any]:
+    """What the table says of one trace; None where there is nothing to say."""
+    count = len(trace.text.columns)
+    few = max(1, round(SHARE * count))
+    found: dict[str, Any] = {"tokens": count, "visual_tokens": trace.text.visual_tokens}
+    curve = mass(trace)[0].values if looks(trace) else None
+    found["mass_first"] = None if curve is None else float(curve[:few].mean())
+    found["mass_last"] = None if curve is None else float(curve[-few:].mean())
+    dominance = tvr(trace)[0].values[-few:] if looks(trace) else np.array([np.nan])
+    found["tvr_last"] = float(np.median(dominance)) if np.isfinite(dominance).all() else None
+    fit = trace.dilution.fit
+    found["fit"] = None if fit is None else dataclasses.asdict(fit)
+    found["no_fit"] = trace.dilution.no_fit
+    for name, lines in (("entropy", entropy(trace)), ("ratio", ratio(trace))):
+        found[f"pvm_{name}"] = float(np.mean([line.values for line in lines])) if lines else None
+    found["uniform_entropy"] = uniform(trace) if looks(trace) else None
+    found["settled"] = None if trace.lens is None else float(trace.lens.settled.mean())
+    found["layers"] = len(trace.dilution.visual_mass)
+    return found
+
+
+HEADER = (
+    "run",
+    "tokens",
+    "Ω_V, first tenth",
+    "last tenth",
+    "Ω_V ∝ t^a: a (95 %)",
+    "TVR, last tenth",
+    "PVM entropy / log M",
+    "PVM / FFN",
+    "settles in layer",
+)
+
+
+def table(runs: Sequence[Run]) -> list[list[str]]:
+    """A row of cells under `HEADER` for each run: means over its texts."""
+    return [_row(run.name, [numbers(trace) for trace in run.traces if trace is not None]) for run in runs]
+
+
+def _row(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
+    def mean(key: str) -> str:
+        values = [n[key] for n in found if n[key] is not None]
+        return short(float(np.mean(values))) if values else "-"
+
+    focus = [n["pvm_entropy"] / n["uniform_entropy"] for n in found if n["pvm_entropy"] and n["uniform_entropy"]]
+    settled = [n["settled"] for n in found if n["settled"] is not None]
+    tokens = str(sum(n["tokens"] for n in found)) + (f" in {len(found)} texts" if len(found) > 1 else "")
+    return [
+        name,
+        tokens,
+        mean("mass_first"),
+        mean("mass_last"),
+        _exponent([n["fit"] for n in found if n["fit"]]),
+        mean("tvr_last"),
+        f"{np.mean(focus):.2f}" if focus else "-",
+        mean("pvm_ratio"),
+        f"{np.mean(settled):.1f} of {found[0]['layers'] - 1}" if settled else "-",
+    ]
+
+
+def _exponent(fits: Sequence[Mapping[str, float]]) -> str:
+    """One text's with its interval; of several the mean and the range."""
+    if not fits:
+        return "-"
+    if len(fits) == 1:
+        return f"{fits[0]['exponent']:.2f} ({fits[0]['low']:.2f} to {fits[0]['high']:.2f})"
+    found = [fit["exponent"] for fit in fits]
+    return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f} in {len(found)} texts)"
+
+
+def short(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
+
+
+def as_text(rows: Sequence[Sequence[str]]) -> str:
+    """The table for a terminal."""
+    table = [HEADER, *rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in table
+    )

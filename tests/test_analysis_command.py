@@ -1,0 +1,148 @@
+"""`python -m pvm_jax.analysis`: what it writes and prints, and what it says to mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from pvm_jax.analysis import __main__ as command
+
+
+def row(number: int, *parts, answer: str | None = None) -> dict:
+    """A row of a data file; images are names of files beside it."""
+    made = tiny.user(*[part if isinstance(part, str) else part[1] for part in parts])
+    for part, given in zip(made["content"], parts):
+        if not isinstance(given, str):
+            part |= {"image": given[0]}
+    return {"id": f"row {number}", "messages": [made, *([tiny.assistant(answer)] if answer else [])]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """An image with an answer, an image without one, and text alone with one."""
+    folder = tmp_path_factory.mktemp("rows")
+    images = [(f"{i}.png", tiny.image(i, 60 + 30 * i, 90)) for i in range(2)]
+    for name, image in images:
+        image.save(folder / name)
+    rows = [
+        row(0, images[0], "what is shown?", answer=tiny.text(1, 60)),
+        row(1, "look", images[1]),
+        row(2, "count to three", answer="one two three"),
+    ]
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+@pytest.fixture(scope="module")
+def both(small_checkpoint, data, tmp_path_factory):
+    """One model with its PVM and without, on all rows: the folder, standard output and standard error."""
+    import contextlib
+    import io
+
+    out = tmp_path_factory.mktemp("analysis") / "out"
+    flags = [f"--checkpoint={small_checkpoint}", "--without_pvm", f"--data={data}", f"--out={out}"]
+    printed, progress = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        assert command.main([*flags, "--names=tiny", "--max_new_tokens=3", "--forced"]) == 0
+    return out, printed.getvalue(), progress.getvalue()
+
+
+def test_what_it_prints_is_what_it_writes(both):
+    out, printed, progress = both
+    content = json.loads((out / "analysis.json").read_text())
+    lines = printed.splitlines()
+    for line, cells in zip(lines, [content["table"]["header"], *content["table"]["rows"]]):
+        rest = line
+        for cell in cells:
+            assert cell in rest
+            rest = rest.partition(cell)[2]
+    assert "note: The text has no image: no attention falls on visual tokens, and there are no maps." in lines
+    assert f"written to {out}: analysis.json, dilution.png, index.html, logit_lens.png, maps.npz, pvm.png" in lines
+    assert "\nrow 1: writing an answer\n" in progress and "tiny, PVM silenced: row 2, 3 of 3" in progress
+    data = json.loads((out / "index.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert data["rows"] == content["table"]["rows"]
+    assert data["measured"]["tiny"]["checksum"] and not data["measured"]["tiny"]["pvm_silenced"]
+
+
+def test_given_written_and_silenced(both):
+    out, _, _ = both
+    tiny_run, silent = json.loads((out / "analysis.json").read_text())["runs"]
+    assert [run["name"] for run in (tiny_run, silent)] == ["tiny", "tiny, PVM silenced"]
+    given, written, text = tiny_run["samples"]
+    assert "".join(given["tokens"]).removesuffix("<|im_end|>\n").removesuffix("<|im_end|>") == tiny.text(1, 60)
+    assert len(written["tokens"]) == 3 and not text["pictures"] and text["visual_mass"] == []
+    assert given["numbers"]["fit"] and written["numbers"]["no_fit"]
+    assert given["pvm_ratio"] and not silent["samples"][0]["pvm_ratio"]
+    assert given["lens"]["probability"] != silent["samples"][0]["lens"]["probability"]
+    with np.load(out / "maps.npz") as arrays:
+        retrieval = arrays["run0/sample0/retrieval"]
+        assert not arrays["run1/sample0/pvm_ratio"].any()
+    np.testing.assert_allclose(retrieval.sum(-1), 1, atol=1e-5)
+    words = tiny_run["words"]
+    assert all(words[str(token)] is not None for layer in given["lens"]["token"] for token in layer)
+
+
+def test_a_checkpoint_without_pvm(stock_checkpoint, data, tmp_path, capsys):
+    flags = [f"--checkpoint={stock_checkpoint}", f"--data={data}", f"--out={tmp_path / 'out'}", "--limit=1"]
+    assert command.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert "note: The checkpoint has no PVM" in printed and printed.splitlines()[1].startswith(stock_checkpoint.name)
+    assert not (tmp_path / "out/pvm.png").exists() and (tmp_path / "out/dilution.png").exists()
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*flags[:2], f"--out={tmp_path / 'other'}", "--without_pvm"])
+    assert stopped.value.code == 2
+    assert "--without_pvm: expected a checkpoint with PVM, found none in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--names=a,b"], "--names: expected a different name for each of 1 checkpoints, got ['a', 'b']"),
+        (["--limit=0"], "--limit: expected at least 1, got 0"),
+        (["--mesh=heads=2"], "expected AXIS=N with AXIS one of data, fsdp, tensor, got 'heads=2'"),
+        (["--out=."], "--out=.: expected a folder that is not there yet; remove it or name another"),
+    ],
+)
+def test_a_command_line_that_cannot_be_used(small_checkpoint, data, tmp_path, capsys, flags, sentence):
+    given = [f"--checkpoint={small_checkpoint}", f"--data={data}", f"--out={tmp_path / 'out'}", *flags]
+    with pytest.raises(SystemExit) as stopped:
+        command.main(given)
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "no file matches"),
+        ("", "the data set is empty: no rows in"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n{"messages": \n', "rows.jsonl row 1 (line 2): not JSON"),
+        (
+            '{"messages": [{"role": "user", "content": "<image>"}], "image": "x.png"}',
+            "rows.jsonl row 0 (line 1), image",
+        ),
+        (
+            '{"id": "7", "messages": [{"role": "assistant", "content": ""}]}',
+            "row 0 (line 1): sample 7: messages[0]: expected",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used(small_checkpoint, tmp_path, capsys, content, sentence):
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    assert command.main([f"--checkpoint={small_checkpoint}", f"--data={file}", f"--out={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_none(tmp_path, data, capsys):
+    assert command.main([f"--checkpoint={tmp_path / 'none'}", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 1
+    assert "none: expected a model directory, found nothing" in capsys.readouterr().err
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert command._folders(["a/base", "a/pvm"]) == ["base", "pvm"]
+    assert command._folders(["/x/one/model", "/x/two/model"]) == ["one/model", "two/model"]
