@@ -87,6 +87,7 @@ def grpo() -> ConfigDict:
             "mask_truncated": True,
             "iterations": 1,  # steps that learn from one rollout
             "chunk": 128,
+            "sampler_weights": "gathered",  # over mesh.fsdp, once a rollout; "split" needs less memory and more time
             "sampler_gap": 0.1,  # nats a token; above it, sampler and trainer do not agree and a warning says so
             "samples": 8,  # completions of each rollout that go to workdir/completions
         }

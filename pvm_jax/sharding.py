@@ -135,6 +135,16 @@ def param_shardings(state: nnx.State, mesh: AnyMesh) -> nnx.State:
     return shardings
 
 
+def gathered(sharding: Any) -> Any:
+    """How a parameter lies where `fsdp` does not split it; `data` and `tensor` stay as they are.
+
+    What lies on no mesh, or is not split over `fsdp`, keeps its sharding.
+    """
+    if not isinstance(sharding, NamedSharding) or "fsdp" not in sharding.spec:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*(None if axis == "fsdp" else axis for axis in sharding.spec)))
+
+
 def batch_shardings(mesh: AnyMesh) -> Batch:
     """Rows over data and fsdp; positions have their rows on the second axis."""
     rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))

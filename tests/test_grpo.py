@@ -297,9 +297,9 @@ def test_matrices_are_cast_for_decoding_by_one_program(model):
     """Trained parameters are fp32 where the model computes in bf16; two rollouts compile the cast once."""
     half = nnx.clone(model)
     half.dtype = jnp.dtype("bfloat16")
-    before = rollouts._cast._cache_size()
+    before = rollouts.copies._cache_size()
     cast = [rollouts.for_decoding(half) for _ in range(2)][1]
-    assert rollouts._cast._cache_size() == before + 1
+    assert rollouts.copies._cache_size() == before + 1
     assert cast.text.norm[...].dtype == jnp.float32 and cast.text.embed_tokens[...].dtype == jnp.bfloat16
 
 
@@ -364,6 +364,7 @@ def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
         ({"completions": 1}, "config.stage.completions: expected at least 2, got 1"),
         ({"loss_type": "ppo"}, "config.stage.loss_type: expected one of .*, got 'ppo'"),
         ({"temperature": 0.0}, "config.stage.temperature: expected a number above 0, got 0.0; greedy completions"),
+        ({"sampler_weights": "whole"}, r"sampler_weights: expected one of \['gathered', 'split'\], got 'whole'"),
         ({"top_k": 3}, r"config.stage: unknown keys \['top_k'\]"),
         ({"prompts": 10}, "config.data: expected at least 10 prompts, got 9"),
         ({"temperature": float("nan")}, "config.stage.temperature: expected a number above 0, got nan"),

@@ -1,5 +1,6 @@
 """Chunked cross-entropy against the plain formula, and the sums that make every batching equal."""
 
+import functools
 import re
 
 import jax
@@ -61,6 +62,27 @@ def test_frozen_head_has_the_same_loss_and_gradient_and_is_checked(inputs):
     np.testing.assert_allclose(kept[1], recomputed[1], atol=1e-6)
     with pytest.raises(jax.errors.UnexpectedTracerError):
         jax.grad(loss, argnums=1)(hidden, head, False)
+
+
+def test_a_trained_heads_gradient_is_added_up_in_fp32():
+    """128 chunks against one, computed in bf16: relative distance 0.003; added up in bf16 it would be 0.013."""
+    rng = np.random.default_rng(1)
+    head = jnp.asarray(rng.standard_normal((64, 16)), jnp.float32)
+    hidden = jnp.asarray(rng.standard_normal((4, 512, 16)), jnp.bfloat16)
+    tokens = jnp.asarray(rng.integers(64, size=(4, 512)))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(head, chunk):
+        def loss(head):
+            cast = head.astype(jnp.bfloat16)
+            logits = lambda h: jnp.einsum("VD,BTD->BTV", cast, h, preferred_element_type=jnp.float32)  # noqa: E731
+            return cross_entropy(logits, hidden, tokens, jnp.ones((4, 512)), chunk=chunk).sum
+
+        return jax.grad(loss)(head)
+
+    many, one = gradient(head, 4), gradient(head, 512)
+    assert many.dtype == jnp.float32
+    assert jnp.linalg.norm(many - one) < 0.005 * jnp.linalg.norm(one)
 
 
 def test_closed_form():

@@ -22,6 +22,7 @@ from pvm_jax.planning.programs import programs
 from pvm_jax.planning.recipe import Recipe, model_config
 from pvm_jax.planning.topology import PlanError
 from pvm_jax.sharding import MESH_AXES, make_mesh
+from pvm_jax.training import rollout
 from pvm_jax.training.rollout import for_decoding
 from pvm_jax.training.setup import Blueprint, ModelOptions
 from pvm_jax.training.step import put_batch
@@ -47,7 +48,7 @@ def named(recipe: Recipe) -> dict:
 
 def test_bytes_of_8b_on_8_devices_by_hand():
     found = of_size("8b", (1, 8, 1), micro_batches=8)
-    assert list(found) == ["prefill", "growth", "decode", "update"]
+    assert list(found) == ["copy", "prefill", "growth", "decode", "update"]
     assert found["decode"].describe() == "64 rows, a cache of 18,432 tokens"
     assert found["update"].describe() == "64 rows of 18,432 tokens and 8,192 patches, 8 micro-batches"
     least = {name: estimate.unavoidable(step) for name, step in found.items()}
@@ -57,7 +58,7 @@ def test_bytes_of_8b_on_8_devices_by_hand():
     assert least["decode"].cache == pytest.approx(8 * 18_432 * token + memory, rel=0.001)
     assert least["growth"].cache == pytest.approx(8 * (10_240 + 18_432) * token + 2 * memory, rel=0.001)
     assert least["prefill"].cache == pytest.approx((8 + 1) * 2112 * token + memory * 9 / 8, rel=0.001)
-    # fp32 and two moments of all but the tower, another copy in bf16 while completions are drawn, the tower in bf16.
+    # fp32 and two moments of all but the tower, which is in bf16.
     step = found["update"]
     assert sum(x.size for x in step.state.trainable.values()) == 8_218_657_539
     assert sum(x.size for x in step.frozen.values()) == 576_388_336
@@ -68,14 +69,20 @@ def test_bytes_of_8b_on_8_devices_by_hand():
     policy = (8_218_657_539 - whole) // 8 + whole
     whole = 4 * 4608 * (4608 + 1) + 3 * 2 * 4608 + 2 * 1152 + 27 * (3 * 1152 + 4304)
     tower = (576_388_336 - whole) // 8 + whole
-    # Vectors stay in fp32 and are not copied: two norms a layer and the last, which are split; those above; gates.
-    vectors = (36 * 2 + 1) * 4096 // 8 + 36 * 2 * 128 + 3 * (2 * 512 + 2 * 128 + 1)
-    assert least["decode"].weights == 6 * policy + 2 * tower - 2 * vectors
+    # While completions are drawn another copy of all but the tower, whole on each device, matrices in bf16. Vectors are
+    # fp32: two norms a layer and the last, which are split; those above and gates, which are whole and not copied.
+    norms, whole = (36 * 2 + 1) * 4096, 36 * 2 * 128 + 3 * (2 * 512 + 2 * 128 + 1)
+    copy = 2 * (8_218_657_539 - norms - whole) + 4 * norms
+    assert least["decode"].weights == 4 * policy + 2 * tower + copy
+    split = of_size("8b", (1, 8, 1), micro_batches=8, sampler_weights="split")
+    assert estimate.unavoidable(split["decode"]).weights == 6 * policy + 2 * tower - 2 * (norms // 8 + whole)
     assert least["decode"].optimizer == 8 * policy
     assert least["update"].weights == 4 * policy + 2 * tower
     assert least["update"].optimizer == pytest.approx(12 * policy, abs=100)  # counters
     assert least["update"].layer_inputs == 2 * 18_432 * 4096 * (36 + 1)
-    for name in ("prefill", "growth", "decode"):
+    # The gradient of the head, added up in fp32 with a chunk's logits and the gathered matrix beside it.
+    assert least["update"].work == (4 + 2) * 151_936 * 4096 + 4 * 2 * 128 * 151_936
+    for name in ("copy", "prefill", "growth", "decode"):
         assert (least[name].weights, least[name].optimizer) == (least["decode"].weights, least["decode"].optimizer)
 
 
@@ -91,7 +98,7 @@ def test_rows_that_do_not_divide_lie_whole():
 def test_a_reference_model_and_scores_of_the_old_one():
     """Another model in fp32 beside everything; a pass that scores."""
     plain, found = (of_size("2b", (1, 8, 1), **more) for more in ({}, {"beta": 0.1, "iterations": 2}))
-    assert list(found) == ["prefill", "growth", "decode", "scoring", "update"]
+    assert list(found) == ["copy", "prefill", "growth", "decode", "scoring", "update"]
     whole = sum(
         estimate.on_device([*arrays.values()]) for arrays in (plain["update"].state.trainable, plain["update"].frozen)
     )
@@ -111,8 +118,8 @@ def test_what_lies_beside_a_program_must_fit_with_it():
 
 def test_one_program():
     found = [*of_size("2b", (1, 8, 1)).values()]
-    assert chosen(found, "decode") == [found[2]]
-    with pytest.raises(PlanError, match=r"--program=sampling: expected the last word of one of \['GRPO prefill', "):
+    assert chosen(found, "decode") == [found[3]]
+    with pytest.raises(PlanError, match=r"--program=sampling: expected the last word of one of \['GRPO copy', "):
         chosen(found, "sampling")
 
 
@@ -134,7 +141,9 @@ def documented() -> dict:
 
 def test_the_table_is_read():
     assert {run[:2] for run in documented()} == {("4b", "h100:8"), ("8b", "v5p:4x4x4"), ("8b", "v5e:16x16")}
-    assert all([row[0] for row in rows] == ["prefill", "growth", "decode", "update"] for rows in documented().values())
+    assert all(
+        [row[0] for row in rows] == ["copy", "prefill", "growth", "decode", "update"] for rows in documented().values()
+    )
 
 
 @pytest.mark.parametrize("run", documented(), ids=" ".join)
@@ -176,7 +185,7 @@ def test_a_small_run_lowers(small_checkpoint, monkeypatch, platform):
     recipe = small(small_checkpoint, make_mesh(1, 4, 2), platform, length=256, patches=128)
     recipe.config["stage"] |= {"iterations": 2}
     found = named(recipe)
-    assert list(found) == ["prefill", "growth", "decode", "scoring", "update"]
+    assert list(found) == ["copy", "prefill", "growth", "decode", "scoring", "update"]
     text = {name: step.trace().lower(lowering_platforms=(platform,)).as_text() for name, step in found.items()}
     kernel = {"tpu": "tpu_custom_call", "cuda": "__cudnn$fmha"}[platform]
     assert all(kernel in text[name] for name in ("scoring", "update"))
@@ -227,8 +236,8 @@ def compared(small_checkpoint, tmp_path_factory) -> dict:
     )
     ran = {}
 
-    def recorded(name: str):
-        function = getattr(decoding, name)
+    def recorded(module, name: str):
+        function = getattr(module, name)
 
         def call(*args, **options):
             ran[name] = function.trace(*args, **options).lower().as_text()
@@ -237,8 +246,8 @@ def compared(small_checkpoint, tmp_path_factory) -> dict:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("prefill", "grow", "decode"):
-            patch.setattr(decoding, name, recorded(name))
+        for module, name in ((rollout, "copies"), (decoding, "prefill"), (decoding, "grow"), (decoding, "decode")):
+            patch.setattr(module, name, recorded(module, name))
         info = stage.next_batch(0, lambda: blueprint.partition.merge(trainable, frozen))
     return {
         "planned": planned,
@@ -253,7 +262,9 @@ def _models(blueprint: Blueprint, trainable: dict, frozen: dict) -> tuple:
     return nnx.split(model)[1], nnx.split(for_decoding(model))[1]
 
 
-@pytest.mark.parametrize(("program", "function"), [("prefill", "prefill"), ("growth", "grow"), ("decode", "decode")])
+@pytest.mark.parametrize(
+    ("program", "function"), [("copy", "copies"), ("prefill", "prefill"), ("growth", "grow"), ("decode", "decode")]
+)
 def test_planned_programs_of_a_rollout_are_those_that_run(compared, program, function):
     """The same text: shapes, dtypes, shardings, donated arguments, computation."""
 
@@ -273,14 +284,13 @@ def test_the_planned_update_has_the_arguments_that_arrive(compared):
 
 
 def test_what_is_not_copied_for_a_rollout_lies_there_once(compared):
-    """Vectors and the tower are the trained model's own arrays; matrices are the copies that `resident` counts."""
+    """The tower and whole vectors are the trained model's own arrays; what is copied is what `resident` counts."""
     pairs = compared["beside"]
-    own = [x for x, drawn in pairs if x.dtype == drawn.dtype]
+    own = [pair for pair in pairs if (pair[0].dtype, pair[0].sharding) == (pair[1].dtype, pair[1].sharding)]
     assert all(
         x.addressable_shards[0].data.unsafe_buffer_pointer() == drawn.addressable_shards[0].data.unsafe_buffer_pointer()
-        for x, drawn in pairs
-        if x.dtype == drawn.dtype
+        for x, drawn in own
     )
     assert own and len(own) < len(pairs)
-    copied = estimate.on_device([x for x, drawn in pairs if x.dtype != drawn.dtype])
+    copied = sum(estimate.on_device([x]) for x, _ in pairs) - sum(estimate.on_device([x]) for x, _ in own)
     assert compared["planned"]["decode"].resident.weights == copied

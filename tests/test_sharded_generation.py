@@ -11,8 +11,10 @@ from pvm_jax.checkpoint import load_model
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals.scoring import make_scorer
 from pvm_jax.generate import encode, make_batch
+from pvm_jax.planning.hlo import Program
 from pvm_jax.sampling import Sampling, row_keys
 from pvm_jax.sharding import make_mesh
+from pvm_jax.training.rollout import for_decoding
 
 ROWS = 4
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -35,6 +37,31 @@ def test_a_mesh_generates_what_one_device_generates(models, prompts):
     alone, spread = (decoding.complete(model, prompts, max_new_tokens=5) for model in models)
     np.testing.assert_array_equal(spread.tokens, alone.tokens)
     np.testing.assert_allclose(spread.logprobs, alone.logprobs, atol=1e-5)
+
+
+def test_gathered_weights_draw_the_same_and_none_is_moved(models, prompts, monkeypatch):
+    """As a rollout lays them out: whole over `fsdp`. What a step moves are activations of the device's two rows."""
+    alone, spread = models
+    drawing = for_decoding(spread)
+    shares = {
+        "/".join(map(str, path)): x[...].addressable_shards[0].data.size / x[...].size
+        for path, x in nnx.to_flat_state(nnx.state(drawing))
+    }
+    assert min(share for name, share in shares.items() if not name.startswith("visual/")) == 1 / 2, "over `tensor`"
+    assert shares["text/embed_tokens"] == 1 / 2 and min(shares.values()) == 1 / 4, "the tower is read once"
+
+    texts, decode = [], decoding.decode
+
+    def recorded(*args, **options):
+        texts.append(decode.trace(*args, **options).lower().compile().as_text())
+        return decode(*args, **options)
+
+    monkeypatch.setattr(decoding, "decode", recorded)
+    want, made = (decoding.complete(model, prompts, max_new_tokens=5) for model in (alone, drawing))
+    np.testing.assert_array_equal(made.tokens, want.tokens)
+    np.testing.assert_allclose(made.logprobs, want.logprobs, atol=1e-5)
+    moved = Program(texts[-1]).collectives()
+    assert moved["all-reduce"] > 0 and max(moved.values()) < 16 * 1024, f"layers have 96 KiB: {moved}"
 
 
 def test_cache_and_memory_are_spread(models, prompts):

@@ -10,7 +10,8 @@ Bytes of one device: what cannot be avoided under the recipe, with each layer re
     layer inputs  one hidden state [rows,T,D] for every layer from the first trainable one on, and the gradient of the
                   last one, which the loss keeps
     work          the larger of: one layer's activations with its gathered weights; a chunk's logits and their gradient
-                  with the gathered vocabulary projection. With fsdp = 1 nothing is gathered
+                  with the gathered vocabulary projection and, where it trains, its whole gradient in fp32, which each
+                  device adds up for its own rows. With fsdp = 1 nothing is gathered
 
 Flops follow the same recipe: frozen layers below the first trainable one run once; those above run forward, again
 when they are recomputed, and once more for the gradient of their input. Attention is counted in full blocks.
@@ -49,7 +50,7 @@ def unavoidable(step: Step) -> Bytes:
             cache=on_device(jax.tree.leaves(step.cache)),
             batch=on_device(jax.tree.leaves(step.batch)),
             layer_inputs=0,
-            work=_work(step.recipe, step.tokens, step.scored),
+            work=_work(step.recipe, step.tokens, step.scored, gathers=step.gathers),
         )
     shape, text = step.shape, step.recipe.model.text
     rows = shape.rows // step.recipe.ways // shape.micro_batches
@@ -61,21 +62,21 @@ def unavoidable(step: Step) -> Bytes:
         cache=0,
         batch=on_device(jax.tree.leaves(step.batch)),
         layer_inputs=2 * tokens * text.hidden_size * (text.num_hidden_layers - first_trainable(step) + 1),
-        work=_work(step.recipe, tokens, 2 * rows * step.chunk),
+        work=_work(step.recipe, tokens, 2 * rows * step.chunk, head_trains=step.head_trains),
     )
 
 
-def _work(recipe: Recipe, tokens: int, scored: int) -> int:
+def _work(recipe: Recipe, tokens: int, scored: int, *, gathers: bool = True, head_trains: bool = False) -> int:
     """Of `tokens` that go through a layer, and of logits of `scored`; 0 of none."""
     text, mesh = recipe.model.text, recipe.mesh
     tensor = mesh.shape["tensor"]
-    gathered, projection = 2 * layer_weights(text) // tensor, 2 * text.vocab_size * text.hidden_size // tensor
-    if mesh.shape["fsdp"] == 1:
-        gathered = projection = 0
     heads = text.num_attention_heads + 2 * text.num_key_value_heads
-    activations = 2 * tokens * (2 * heads * text.head_dim + 3 * text.intermediate_size) // tensor
-    logits = 4 * scored * text.vocab_size // tensor
-    return max(gathered + activations, logits + projection) if tokens else 0
+    layer = 2 * tokens * (2 * heads * text.head_dim + 3 * text.intermediate_size) // tensor
+    head = 4 * scored * text.vocab_size // tensor
+    if gathers and mesh.shape["fsdp"] > 1:
+        layer += 2 * layer_weights(text) // tensor
+        head += (2 + 4 * head_trains) * text.vocab_size * text.hidden_size // tensor
+    return max(layer, head) if tokens else 0
 
 
 def first_trainable(step: TrainStep) -> int:

@@ -1,5 +1,6 @@
 """The programs of GRPO at their largest.
 
+    copy      the weights as completions are drawn with them, from those that train
     prefill   all prompts of a rollout at their largest buckets, and the cache's first room
     growth    the last doubling of the cache: the old one and the new one. Programs for fewer rows, to which a rollout
               changes when half of its completions have ended, hold one and a half of them, so less
@@ -8,7 +9,8 @@
     update    every completion at full length in a row of its own
 
 What lies on the devices beside them is counted, too: while completions are drawn the policy is there twice, in fp32
-with the optimizer's moments, and its matrices in the compute dtype; with `beta` the reference model is always there.
+with the optimizer's moments, and its matrices in the compute dtype, by default gathered over `fsdp`; with `beta` the
+reference model is always there.
 """
 
 import dataclasses
@@ -39,7 +41,7 @@ from pvm_jax.sharding import BATCH_AXES, mesh_of
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch
 from pvm_jax.training.policy_objective import PolicyObjective, Settings
-from pvm_jax.training.rollout import Shapes, decoding_dtype
+from pvm_jax.training.rollout import Shapes, copies, decoding_layout
 
 STOPS = 2
 """Ids that end a completion, of the released tokenizers."""
@@ -52,9 +54,15 @@ def programs(recipe: Recipe) -> list[Step]:
       TrainingError: settings that cannot be.
     """
     run = _Run(recipe)
-    rollout = [run.prefill, *([run.growth] if len(run.rooms) > 1 else []), *([run.decode] if run.rooms else [])]
-    scored = run.settings.iterations > 1 or run.settings.beta > 0
-    return [program() for program in (*rollout, *([run.scoring] if scored else []), run.update)]
+    wanted = {
+        run.copy: bool(run.copied),
+        run.prefill: True,
+        run.growth: len(run.rooms) > 1,
+        run.decode: bool(run.rooms),
+        run.scoring: run.settings.iterations > 1 or run.settings.beta > 0,
+        run.update: True,
+    }
+    return [program() for program, runs in wanted.items() if runs]
 
 
 class _Run:
@@ -84,18 +92,34 @@ class _Run:
         self.mesh = mesh_of(self.params)
 
         def drawn(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, decoding_dtype(path, x, self.model.dtype), sharding=x.sharding)
+            dtype, sharding = decoding_layout(path, x, self.model.dtype, self.settings.sampler_weights)
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
 
         self.drawing = jax.tree_util.tree_map_with_path(drawn, self.params)
         pairs = zip(jax.tree.leaves(self.params), jax.tree.leaves(self.drawing), strict=True)
-        copied = on_device([x for x, y in pairs if x.dtype != y.dtype])
+        self.copied = [(x, y) for x, y in pairs if (x.dtype, x.sharding) != (y.dtype, y.sharding)]
         moments = 2 * on_device([*trainable.values()])
         reference = on_device(jax.tree.leaves(self.params)) if self.settings.beta > 0 else 0
-        self.beside_rollout = Resident(reference + copied, moments)
+        self.beside_rollout = Resident(reference + on_device([x for x, _ in self.copied]), moments)
         self.beside_scoring = Resident(reference, moments)
         self.beside_update = Resident(reference)
 
     # ---- Drawing completions ---------------------------------------------------------------------------------------
+
+    def copy(self) -> Inference:
+        trained, drawn = ([pair[i] for pair in self.copied] for i in (0, 1))
+        beside = self.beside_rollout
+        there = on_device(jax.tree.leaves(self.drawing)) - on_device(drawn)  # used as it is
+        return Inference(
+            "GRPO copy",
+            self.recipe,
+            f"{len(drawn)} arrays of the weights, {self.settings.sampler_weights}",
+            copies,
+            (trained, tuple((x.dtype, x.sharding) for x in drawn)),
+            {},
+            weights=(trained, drawn),
+            resident=dataclasses.replace(beside, weights=beside.weights - on_device(trained) + there),
+        )
 
     def prefill(self) -> Inference:
         prompts, rows = self.prompts, self._on_device(self.prompts.rows)
@@ -110,6 +134,7 @@ class _Run:
             (self.graphdef, self.drawing, batch, self._keys(self.completions), self._decoding_settings()),
             {**self._static(), "capacity": capacity, "samples": self.settings.completions},
             weights=self.drawing,
+            gathers=self.settings.sampler_weights == "split",
             cache=(self._cache(prompts.rows, capacity), self._cache(self.completions, capacity)),
             batch=batch,
             tokens=rows * prompts.length,
@@ -147,6 +172,7 @@ class _Run:
             (self.graphdef, self.drawing, state, jax.ShapeDtypeStruct((), jnp.int32), self._decoding_settings()),
             self._static(),
             weights=self.drawing,
+            gathers=self.settings.sampler_weights == "split",
             cache=state.cache,
             tokens=rows,
             scored=rows,

@@ -116,6 +116,7 @@ class Inference:
       what: the size of its input, in words.
       function, arguments, options: a compiled function, and what it is called with, as shapes with shardings.
       weights, cache, batch: those among its arguments and results.
+      gathers: its layers' weights are split over fsdp.
       tokens: of a device, which go through the layers at once.
       scored: those of them whose logits exist at once.
     """
@@ -127,6 +128,7 @@ class Inference:
     arguments: tuple
     options: Mapping[str, Any]
     weights: Any = ()
+    gathers: bool = True
     cache: Any = ()
     batch: Any = ()
     tokens: int = 0

@@ -214,6 +214,7 @@ class GRPO:
                 max_new_tokens=settings.max_new_tokens,
                 shapes=self._shapes,
                 key=(setup.seed, number),
+                weights=settings.sampler_weights,
             )
         with watch("rewards"):
             rewards, metrics = self._reward(number, drawn, made)

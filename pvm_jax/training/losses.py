@@ -1,8 +1,9 @@
 """Log-probabilities and cross-entropy from hidden states, in sequence chunks.
 
-No `[B,T,V]` array ever exists. Each chunk's logits are computed, reduced and, in the backward pass, computed again
-(`jax.checkpoint`). Where the vocabulary projection does not train, the second time is saved: a log-probability then
-depends on one hidden state alone, so its gradient, one vector a token, is computed with it and kept.
+No `[B,T,V]` array ever exists. Each chunk's logits are computed, reduced and, in the backward pass, computed again; the
+projection's gradient is added up over the chunks in fp32. Where the projection does not train, the second time is
+saved: a log-probability then depends on one hidden state alone, so its gradient, one vector a token, is computed with
+it and kept.
 
 Of a prompt full of image tokens nothing is scored at all: the wanted positions of each row are moved to its front,
 and chunks in which no row wants anything are skipped at run time. With answers a third as long as their prompts that
@@ -86,7 +87,7 @@ def token_scores(
         in_chunks(jnp.take_along_axis(targets, front, axis=1)),
         in_chunks(jnp.take_along_axis(wanted, front, axis=1)),
     )
-    log_probs, extra = _over_chunks(score, *xs, recompute=True) if head_trains else _kept(score, *xs)
+    log_probs, extra = (_recomputed if head_trains else _kept)(score, *xs)
 
     def in_place(x: Array) -> Array:
         x = jnp.moveaxis(x, 0, 1).reshape(batch, chunks * chunk)[:, :length]
@@ -102,7 +103,7 @@ def _mean_logit(z: Float[Array, "... V"], total: Float[Array, "..."]) -> Float[A
     return jnp.sum(jnp.where(p > 0, p * z, 0), axis=-1)
 
 
-def _over_chunks(function: Callable, *xs: Array, recompute: bool = False) -> Any:
+def _over_chunks(function: Callable, *xs: Array) -> Any:
     """`function(h, target)` of every chunk in which something is wanted; zeros elsewhere."""
 
     def chunk(h: Array, target: Array, want: Array) -> Any:
@@ -113,9 +114,40 @@ def _over_chunks(function: Callable, *xs: Array, recompute: bool = False) -> Any
 
         return jax.lax.cond(want.any(), function, nothing, h, target)
 
-    # The conditional is inside of what is recomputed: its own residuals would hold the head once per chunk.
-    chunk = jax.checkpoint(chunk) if recompute else chunk
     return jax.lax.scan(lambda _, x: (None, chunk(*x)), None, xs)[1]
+
+
+def _recomputed(score: Callable, *xs: Array) -> tuple[Array, dict[str, Array]]:
+    """The same values; chunks are computed again for their gradients.
+
+    The gradients of what `score` closes over, the vocabulary projection, are added up over the chunks here and not by
+    the scan, which would do it in their own dtype: of a hundred sums in bf16 the small terms are lost.
+    """
+    convertible, closed = jax.closure_convert(score, xs[0][0], xs[1][0])
+
+    @jax.custom_vjp
+    def scores(closed: list[Array], *xs: Array) -> tuple[Array, dict[str, Array]]:
+        return _over_chunks(lambda h, target: convertible(h, target, *closed), *xs)
+
+    def backward(kept: tuple[Any, ...], cotangents: tuple[Array, Any]) -> tuple[list[Array], Array, None, None]:
+        closed, *xs = kept
+
+        def chunk(sums: list[Array], x: tuple[Array, ...]) -> tuple[list[Array], Array]:
+            h, target, want, cotangent = x
+
+            def add(sums: list[Array], h: Array) -> tuple[list[Array], Array]:
+                _, pull, _ = jax.vjp(lambda closed, h: convertible(h, target, *closed), closed, h, has_aux=True)
+                of_closed, of_h = pull(cotangent)
+                return [total + g.astype(jnp.float32) for total, g in zip(sums, of_closed, strict=True)], of_h
+
+            return jax.lax.cond(want.any(), add, lambda sums, h: (sums, jnp.zeros_like(h)), sums, h)
+
+        nothing = [jnp.zeros(x.shape, jnp.float32) for x in closed]
+        sums, of_hidden = jax.lax.scan(chunk, nothing, (*xs, cotangents[0]))
+        return [total.astype(x.dtype) for total, x in zip(sums, closed, strict=True)], of_hidden, None, None
+
+    scores.defvjp(lambda closed, *xs: (scores(closed, *xs), (closed, *xs)), backward)
+    return scores(closed, *xs)
 
 
 def _kept(score: Callable, *xs: Array) -> tuple[Array, dict[str, Array]]:

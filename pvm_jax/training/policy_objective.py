@@ -21,6 +21,8 @@ from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, policy
 from pvm_jax.training.stage import Loss, TrainingError
 from pvm_jax.training.step import micro_batch
 
+SAMPLER_WEIGHTS = ("gathered", "split")
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -37,6 +39,10 @@ class Settings:
       mask_truncated: completions without an end teach nothing.
       iterations: optimizer steps that learn from one rollout.
       chunk: columns per chunk of the vocabulary projection.
+      sampler_weights: how the weights lie while completions are drawn. "gathered": once a rollout they are gathered
+        over mesh.fsdp, and no decode step moves one. "split": every decode step gathers them, layer by layer; for
+        models whose copy in the compute dtype, 1 / mesh.tensor of it a device, does not fit beside training state and
+        cache.
       sampler_gap: say so when sampler and trainer disagree by more than this, in nats a token.
       samples: completions of each rollout that are written to workdir/completions.
     """
@@ -55,6 +61,7 @@ class Settings:
     mask_truncated: bool = True
     iterations: int = 1
     chunk: int = 128
+    sampler_weights: str = "gathered"
     sampler_gap: float = 0.1
     samples: int = 8
 
@@ -76,7 +83,8 @@ class Settings:
             given = getattr(self, key)
             if given is None or given < value:
                 raise TrainingError(f"config.stage.{key}: expected at least {value}, got {given}")
-        for key, known in (("loss_type", LOSS_TYPES), ("scale", SCALES)):
+        choices = (("loss_type", LOSS_TYPES), ("scale", SCALES), ("sampler_weights", SAMPLER_WEIGHTS))
+        for key, known in choices:
             if getattr(self, key) not in known:
                 raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")
         if not 0 < self.temperature < math.inf:  # nor NaN, here and below

@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from pvm_jax.data.packing import Encoded, collate, extend
 from pvm_jax.data.placement import place
 from pvm_jax.decoding import Completions, complete
 from pvm_jax.sampling import Sampling
+from pvm_jax.sharding import gathered
 from pvm_jax.training.optim import NO_DECAY
 from pvm_jax.training.policy_loss import PolicyBatch
 from pvm_jax.training.rewards import Scores
@@ -146,13 +148,18 @@ def draw(
     max_new_tokens: int,
     shapes: Shapes,
     key: Sequence[int],
+    weights: str = "gathered",
 ) -> Completions:
-    """`group` completions of each prompt; a completion is a function of weights, prompt, `key` and its number."""
+    """`group` completions of each prompt; a completion is a function of weights, prompt, `key` and its number.
+
+    Args:
+      weights: see `for_decoding`.
+    """
     length = min(t for t in shapes.prompt_lengths if t >= max(len(p.tokens) for p in prompts))
     patches = min(p for p in shapes.patches if p >= max(len(e.patches) for e in prompts))
     seeds = np.random.SeedSequence(tuple(key)).generate_state(len(prompts) * group, np.uint32)
     return complete(
-        for_decoding(model),
+        for_decoding(model, weights),
         collate([[p] for p in prompts], length=length, patches=patches),
         Sampling(temperature=temperature),
         max_new_tokens=max_new_tokens,
@@ -164,36 +171,52 @@ def draw(
     )
 
 
-def for_decoding(model: nnx.Module) -> nnx.Module:
-    """The model with its matrices in the compute dtype, so that a decode step reads no more than it needs.
+def for_decoding(model: nnx.Module, weights: str = "gathered") -> nnx.Module:
+    """The model as completions are drawn with it: a decode step reads matrices in the compute dtype, and moves none.
 
-    What is in that dtype already, or stays as it is, is not copied.
+    What lies that way already is not copied.
+
+    Args:
+      weights: see `policy_objective.Settings.sampler_weights`.
     """
-    if model.dtype == np.float32:
-        return model
     graphdef, params = nnx.split(model)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    wanted = [decoding_dtype(path, x, model.dtype) for path, x in leaves]
-    places = [i for i, (_, x) in enumerate(leaves) if x.dtype != wanted[i]]
+    layouts = [decoding_layout(path, x, model.dtype, weights) for path, x in leaves]
     values = [x for _, x in leaves]
-    for i, x in zip(places, _cast([values[i] for i in places], model.dtype)):
+    places = [i for i, x in enumerate(values) if layouts[i] != (x.dtype, x.sharding)]
+    if not places:
+        return model
+    for i, x in zip(places, copies([values[i] for i in places], tuple(layouts[i] for i in places)), strict=True):
         values[i] = x
     return nnx.merge(graphdef, jax.tree.unflatten(structure, values))
 
 
+Layout = tuple[np.dtype, Any]  # dtype and sharding
+
+
 @functools.partial(jax.jit, static_argnums=1)  # of the module, so that it is compiled once and not at every rollout
-def _cast(arrays: list[jax.Array], dtype: Any) -> list[jax.Array]:
-    return [x.astype(dtype) for x in arrays]
+def copies(arrays: list[jax.Array], layouts: tuple[Layout, ...]) -> list[jax.Array]:
+    """The arrays as `layouts` says. They are cast before they are gathered: the narrow ones travel."""
+
+    def one(x: jax.Array, dtype: np.dtype, sharding: Any) -> jax.Array:
+        x = x.astype(dtype)
+        return jax.lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
+
+    return [one(x, *layout) for x, layout in zip(arrays, layouts, strict=True)]
 
 
-def decoding_dtype(path: tuple[Any, ...], x: Any, dtype: Any) -> Any:
-    """In what a parameter of the training state, at `path` in the model's tree, is kept while completions are drawn.
+def decoding_layout(path: tuple[Any, ...], x: Any, dtype: Any, weights: str) -> Layout:
+    """How a parameter of the training state, at `path` in the model's tree, lies while completions are drawn.
+
+    The vision tower, which is read once a rollout, stays split.
 
     Args:
       dtype: what is computed in.
     """
     name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-    return x.dtype if re.search(NO_DECAY, name) else dtype
+    exact = dtype == np.float32 or re.search(NO_DECAY, name)
+    whole = weights == "gathered" and not name.startswith("visual/")
+    return x.dtype if exact else np.dtype(dtype), gathered(x.sharding) if whole else x.sharding
 
 
 def learning_batch(
