@@ -143,7 +143,8 @@ def _recomputed(score: Callable, *xs: Array) -> tuple[Array, dict[str, Array]]:
             return jax.lax.cond(want.any(), add, lambda sums, h: (sums, jnp.zeros_like(h)), sums, h)
 
         nothing = [jnp.zeros(x.shape, jnp.float32) for x in closed]
-        sums, of_hidden = jax.lax.scan(chunk, nothing, (*xs, cotangents[0]))
+        # From the last chunk to the first, as differentiating the loop would.
+        sums, of_hidden = jax.lax.scan(chunk, nothing, (*xs, cotangents[0]), reverse=True)
         return [total.astype(x.dtype) for total, x in zip(sums, closed, strict=True)], of_hidden, None, None
 
     scores.defvjp(lambda closed, *xs: (scores(closed, *xs), (closed, *xs)), backward)
