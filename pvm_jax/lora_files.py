@@ -69,8 +69,10 @@ class Merged:
         value = self._source.read(path)
         if path not in self._adapted:
             return value
-        a, b = self._adapted[path].factors(self._source)
-        return value.astype(np.float32) + np.float32(self._lora.scale) * (b @ a).reshape(value.shape)
+        value = value.astype(np.float32)  # a copy; one layer's product at a time beside it
+        for layer, a, b in zip(value, *self._adapted[path].factors(self._source), strict=True):
+            layer += np.float32(self._lora.scale) * (b @ a).reshape(layer.shape)
+        return value
 
 
 def write_peft(source: Source, config: ModelConfig, directory: Path, base: Path) -> None:

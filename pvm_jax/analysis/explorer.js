@@ -95,6 +95,7 @@ class Panel {
       this.node.append(el("p", { class: "soft" }, "This sample was not analysed with this model."));
       return;
     }
+    this.numbers = el("dl", { class: "numbers" });
     if (sample.pictures.length) this.node.append(this.views(head));
     this.node.append(this.words());
   }
@@ -106,7 +107,7 @@ class Panel {
     fill(this.source, run.maps.map((map) => [map.key, map.label]), run.maps[0]?.key);
     this.pictures = sample.pictures.map((picture) => this.view(picture));
     this.low = el("span", {}, "0");
-    this.high = el("span");
+    this.high = el("span", { class: "high" });
     const ramp = el("span", { class: "ramp", role: "img", "aria-label": "colours of the map, from 0 to the maximum" });
     const stops = RAMP.map(([at, r, g, b]) => `rgb(${r},${g},${b}) ${100 * at}%`);
     ramp.style.background = `linear-gradient(90deg, ${stops.join(",")})`;
@@ -114,20 +115,22 @@ class Panel {
     const wanted = state.sources[this.index] ?? run.maps[0]?.key;
     this.map = run.maps.find((map) => map.key === wanted) ?? run.maps[0];
     if (this.map) this.source.value = this.map.key;
-    return el("div", {}, el("div", { class: "pictures" }, this.pictures.map((view) => view.figure)),
-      el("div", { class: "key" }, this.low, ramp, this.high), this.readout);
+    return el("div", { class: "views" }, el("div", { class: "pictures" }, this.pictures.map((view) => view.figure)),
+      el("div", { class: "side" }, el("div", { class: "key" }, this.low, ramp, this.high), this.readout, this.numbers));
   }
 
   view(picture) {
     const canvas = el("canvas", { tabindex: "0", role: "img" });
     const unit = clamp(Math.floor(900 / Math.max(picture.rows, picture.columns)), 6, 40);
     Object.assign(canvas, { width: unit * picture.columns, height: unit * picture.rows });
-    const wide = this.sample.pictures.length === 1 ? (DATA.names.length > 1 ? 330 : 440) : this.sample.pictures.length < 5 ? 210 : 150;
+    const { length } = this.sample.pictures;
+    const side = length === 1 ? (DATA.names.length > 1 ? 330 : 440) : length < 5 ? 220 : 150;
+    const wide = side * clamp(Math.sqrt(picture.width / picture.height), 0.6, 1.2);
     const caption = el("figcaption");
     const box = el("div", { class: `picture${picture.width < 300 ? " small" : ""}` });
     box.style.aspectRatio = `${picture.width} / ${picture.height}`;
     box.append(el("img", { src: picture.url, alt: picture.label }), canvas);
-    const figure = el("figure", { "--wide": `${Math.max(wide, Math.min(picture.width, wide))}px` }, box, caption);
+    const figure = el("figure", { "--wide": `${Math.round(wide)}px` }, box, caption);
     const view = { picture, canvas, unit, caption, figure };
     canvas.addEventListener("pointermove", (event) => {
       const area = canvas.getBoundingClientRect();
@@ -180,8 +183,7 @@ class Panel {
     });
     this.text.addEventListener("click", (event) => { if (at(event) !== undefined) hold(Number(at(event))); });
     this.paintKey = el("p", { class: "paint" });
-    this.numbers = el("dl", { class: "numbers" });
-    return el("div", {}, this.text, this.paintKey, this.numbers);
+    return el("div", {}, this.text, this.paintKey, this.sample.pictures.length ? null : this.numbers);
   }
 
   /** The colour of the text; runs that have the measure share one scale, so that they compare. */
