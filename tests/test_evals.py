@@ -27,6 +27,7 @@ from pvm_jax.evals.plugins import find_run
 from pvm_jax.evals.results import ResultError, read_summary, write_results
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import make_mesh
+from pvm_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -34,6 +35,7 @@ SMALL = {
         "sft_easy": (4, Spec("train", 40, verbose=0.0, blocks=1.0)),
         "sft_64": (4, Spec("train", 40, verbose=0.0)),
         "sft_256": (4, Spec("train", 60)),
+        "prompts": (4, Spec("train", 40)),
         "test_64": (6, Spec("test", 40)),
         "test_128": (4, Spec("test", 100, 60, verbose=1.0)),
         "test_256": (2, Spec("test", 60)),
@@ -316,7 +318,8 @@ def test_sft_configurations(argument):
 
 
 def test_the_whole_experiment_in_miniature(data, tmp_path):
-    """Shipped checkpoint -> PVM -> SFT -> evaluation -> comparison, by the commands that the documentation gives."""
+    """Shipped checkpoint -> PVM -> SFT -> GRPO -> evaluation -> comparison, by the commands that the documentation
+    gives."""
     environment = os.environ | tiny.devices(1)  # one device, as on a newcomer's machine
 
     def command(*argv) -> str:
@@ -330,6 +333,11 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
     command("-m", "pvm_jax.convert", "from_hf", base, pvm, *add)
     given = (f"--config.model.path={pvm}", f"--config.data.path={data}")
     command("train.py", "--config=configs/digits_sft.py:smoke", f"--workdir={sft}", *given)
+    given = (f"--config.model.path={sft}", f"--config.data.path={data}")
+    command("train.py", "--config=configs/digits_grpo.py:smoke", f"--workdir={tmp_path / 'grpo'}", *given)
+    lines = read_metrics(tmp_path / "grpo")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all({"reward/words", "reward/exact", "loss"} < set(line) and line["sampler_gap"] < 1e-4 for line in lines)
     for name, checkpoint in (("base", base), ("sft", sft)):
         given = (f"--config.checkpoint={checkpoint}", f"--config.evals.digits.path={data}")
         command("eval.py", "--config=configs/digits_eval.py:smoke", f"--workdir={tmp_path / 'eval' / name}", *given)

@@ -158,13 +158,13 @@ def test_rules_start_no_child(obedient):
 def test_a_lost_child_costs_one_answer(obedient, tmp_path):
     """Whatever happens to a pair, those around it are graded, by a new child if need be."""
     grader = obedient(children=1, seconds=1.0)
-    given = ["right", "exit", "right ", "spin", "right  ", "raise", "wrong", "forge", "allocate", "write", "start"]
+    given = ["right", "exit", "$right$.", "spin", "right  ", "raise", "wrong", "forge", "allocate", "write", "start"]
     start = time.monotonic()
     verdicts = grader.grade(given, ["x+1"] * 9 + [str(tmp_path / "written"), "x+1"])
     assert [tuple(verdict) for verdict in verdicts] == [
         (True, "algebra"),
         (False, "crash"),
-        (True, "algebra"),
+        (True, "algebra"),  # what the child gets is normalized
         (False, "timeout"),
         (True, "algebra"),
         (False, "unparsable"),
@@ -440,6 +440,18 @@ def test_a_faulty_function(name):
     scores = Rewards([(function, 1.0)], on_error="zero")(TEXTS, {}, ids=IDS)
     assert scores.total.tolist() == values
     assert scores.metrics[f"reward_errors/{function.__name__}"] == (failed, 3)
+
+
+def test_what_a_function_logged_before_it_raised_does_not_count():
+    """It is asked again row by row, and logs again."""
+
+    def logs(completions, log_metric, log_extra, **columns):
+        log_metric("mine", 1.0)
+        log_extra("seen", [completion[0]["content"] for completion in completions])
+        return raises(completions)
+
+    scores = Rewards([(logs, 1.0)], on_error="zero")(TEXTS, {}, ids=IDS)
+    assert scores.metrics["mine"] == (3.0, 3) and scores.extras == {"seen": TEXTS}
 
 
 def test_a_missing_column_always_ends_the_run():
