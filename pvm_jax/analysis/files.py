@@ -61,7 +61,7 @@ def _sample(trace: Trace) -> dict[str, Any]:
     text = trace.text
     return {
         "name": text.name,
-        "numbers": {key: finite(n) if isinstance(n, dict) else n for key, n in measures.numbers(trace).items()},
+        "numbers": finite({k: finite(n) if isinstance(n, dict) else n for k, n in measures.numbers(trace).items()}),
         "notes": list(trace.notes),
         "pictures": [
             {"label": p.label, "width": p.pixels.width, "height": p.pixels.height}

@@ -124,7 +124,7 @@ def _run(trace: Trace, words: Mapping[int, str], budget: int) -> tuple[dict[str,
     text, notes = trace.text, []
     total, layers = len(text.columns), len(trace.dilution.visual_mass)
     visual = text.visual_tokens
-    # Half of the budget is for curves (three of each layer's, three more in the lens), half for maps, two at least.
+    # Half of the budget is for curves (of each layer Omega_V, TVR and four of the lens), half for at least two maps.
     curve = 4 * BASE64 * (6 * layers + 8)
     cell = BASE64 * (visual + 4 + 4 * len(text.pictures))
     count = int(min(total, TOKENS, budget / 2 / curve, budget / 2 / (2 * cell)))
