@@ -1,11 +1,11 @@
 """Memory and time of the analyses against the length of the text, each length in a process of its own.
 
-    python benchmarks/analysis.py [--tokens 4096 8192 16384 --checkpoint=DIR --window=128 --no_maps]
+    python benchmarks/analysis.py [--tokens 4096 8192 16384 --checkpoint=DIR --window=128 --no_maps --once]
 
 Without `--checkpoint` the model is assets/digits_base with PVM added in the middle layer. The text is one image and an
 answer of random words; every token of the answer is measured: dilution, logit lens, and (unless `--no_maps`) the maps.
 Printed: the most memory that the process held at a time, what of it came after the model was loaded, and the time of
-a first pass (compilation included) and of a second.
+a first pass (compilation included) and, unless `--once`, of a second.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--window", type=int, default=128, help="columns at a time")
     parser.add_argument("--no_maps", action="store_true")
+    parser.add_argument("--once", action="store_true", help="no second pass")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -57,14 +58,14 @@ def measure(args: argparse.Namespace) -> None:
     answer = "".join(words[i] for i in rng.integers(len(words), size=length - PROMPT))
     [source] = read(processor, [{"messages": [question, {"role": "assistant", "content": answer}]}])
     before, seconds = peak_mib(), []
-    for _ in range(2):
+    for _ in range(1 if args.once else 2):
         start = time.perf_counter()
         [made] = trace(model, [source], maps=not args.no_maps, rows=1, window=args.window)
         seconds.append(time.perf_counter() - start)
     after, fit = peak_mib(), made.dilution.fit
     exponent = "-" if fit is None else f"{fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})"
     tokens = f"{len(source.text.ids):>8}{len(source.text.columns):>10}"
-    times = f"{seconds[0]:>10.1f}{seconds[1]:>10.1f}"
+    times = "".join(f"{s:>10.1f}" for s in seconds).ljust(20)
     print(f"{tokens}{after:>12.0f}{after - before:>12.0f}{times}  {exponent}", flush=True)
 
 
@@ -87,7 +88,7 @@ def main() -> None:
         checkpoint = args.checkpoint or with_pvm(folder)
         for length in args.tokens:
             command = [sys.executable, __file__, "--child", f"--checkpoint={checkpoint}", f"--window={args.window}"]
-            command += ["--tokens", str(length)] + (["--no_maps"] if args.no_maps else [])
+            command += ["--tokens", str(length)] + ["--no_maps"] * args.no_maps + ["--once"] * args.once
             subprocess.run(command, check=True)
 
 
