@@ -240,13 +240,13 @@ def compared(small_checkpoint, tmp_path_factory) -> dict:
         function = getattr(module, name)
 
         def call(*args, **options):
-            ran[name] = function.trace(*args, **options).lower().as_text()
+            ran.setdefault(name, []).append(function.trace(*args, **options).lower().as_text())
             return function(*args, **options)
 
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((rollout, "copies"), (decoding, "prefill"), (decoding, "grow"), (decoding, "decode")):
+        for module, name in ((rollout, "copied"), (decoding, "prefill"), (decoding, "grow"), (decoding, "decode")):
             patch.setattr(module, name, recorded(module, name))
         info = stage.next_batch(0, lambda: blueprint.partition.merge(trainable, frozen))
     return {
@@ -263,7 +263,7 @@ def _models(blueprint: Blueprint, trainable: dict, frozen: dict) -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("program", "function"), [("copy", "copies"), ("prefill", "prefill"), ("growth", "grow"), ("decode", "decode")]
+    ("program", "function"), [("copy", "copied"), ("prefill", "prefill"), ("growth", "grow"), ("decode", "decode")]
 )
 def test_planned_programs_of_a_rollout_are_those_that_run(compared, program, function):
     """The same text: shapes, dtypes, shardings, donated arguments, computation."""
@@ -272,7 +272,7 @@ def test_planned_programs_of_a_rollout_are_those_that_run(compared, program, fun
         return text.replace('{"data", "fsdp"}', '{"fsdp"}')
 
     planned = compared["planned"][program].trace().lower().as_text()
-    assert without_axis_of_one(planned) == without_axis_of_one(compared["ran"][function])
+    assert without_axis_of_one(planned) in [without_axis_of_one(text) for text in compared["ran"][function]]
 
 
 def test_the_planned_update_has_the_arguments_that_arrive(compared):

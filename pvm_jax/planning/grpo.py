@@ -1,6 +1,6 @@
 """The programs of GRPO at their largest.
 
-    copy      the weights as completions are drawn with them, from those that train
+    copy      the largest array of the weights as completions are drawn with them, from that which trains
     prefill   all prompts of a rollout at their largest buckets, and the cache's first room
     growth    the last doubling of the cache: the old one and the new one. Programs for fewer rows, to which a rollout
               changes when half of its completions have ended, hold one and a half of them, so less
@@ -41,7 +41,7 @@ from pvm_jax.sharding import BATCH_AXES, mesh_of
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch
 from pvm_jax.training.policy_objective import PolicyObjective, Settings
-from pvm_jax.training.rollout import Shapes, copies, decoding_layout
+from pvm_jax.training.rollout import Shapes, copied, decoding_layout
 
 STOPS = 2
 """Ids that end a completion, of the released tokenizers."""
@@ -99,26 +99,26 @@ class _Run:
         pairs = zip(jax.tree.leaves(self.params), jax.tree.leaves(self.drawing), strict=True)
         self.copied = [(x, y) for x, y in pairs if (x.dtype, x.sharding) != (y.dtype, y.sharding)]
         moments = 2 * on_device([*trainable.values()])
-        reference = on_device(jax.tree.leaves(self.params)) if self.settings.beta > 0 else 0
-        self.beside_rollout = Resident(reference + on_device([x for x, _ in self.copied]), moments)
-        self.beside_scoring = Resident(reference, moments)
-        self.beside_update = Resident(reference)
+        self.reference = on_device(jax.tree.leaves(self.params)) if self.settings.beta > 0 else 0
+        self.beside_rollout = Resident(self.reference + on_device([x for x, _ in self.copied]), moments)
+        self.beside_scoring = Resident(self.reference, moments)
+        self.beside_update = Resident(self.reference)
 
     # ---- Drawing completions ---------------------------------------------------------------------------------------
 
     def copy(self) -> Inference:
-        trained, drawn = ([pair[i] for pair in self.copied] for i in (0, 1))
-        beside = self.beside_rollout
-        there = on_device(jax.tree.leaves(self.drawing)) - on_device(drawn)  # used as it is
+        trained, drawn = max(self.copied, key=lambda pair: on_device(pair[1:]))
+        others = on_device([x for x, _ in self.copied]) - on_device([trained])
+        others += on_device(jax.tree.leaves(self.drawing)) - on_device([drawn])
         return Inference(
             "GRPO copy",
             self.recipe,
-            f"{len(drawn)} arrays of the weights, {self.settings.sampler_weights}",
-            copies,
-            (trained, tuple((x.dtype, x.sharding) for x in drawn)),
+            f"the last of {len(self.copied)} arrays of the weights, and the largest, {self.settings.sampler_weights}",
+            copied,
+            (trained, drawn.dtype, drawn.sharding),
             {},
             weights=(trained, drawn),
-            resident=dataclasses.replace(beside, weights=beside.weights - on_device(trained) + there),
+            resident=dataclasses.replace(self.beside_rollout, weights=self.reference + others),
         )
 
     def prefill(self) -> Inference:

@@ -182,31 +182,21 @@ def for_decoding(model: nnx.Module, weights: str = "gathered") -> nnx.Module:
     graphdef, params = nnx.split(model)
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     layouts = [decoding_layout(path, x, model.dtype, weights) for path, x in leaves]
-    values = [x for _, x in leaves]
-    places = [i for i, x in enumerate(values) if layouts[i] != (x.dtype, x.sharding)]
-    if not places:
-        return model
-    for i, x in zip(places, copies([values[i] for i in places], tuple(layouts[i] for i in places)), strict=True):
-        values[i] = x
+    values = [x if layout == (x.dtype, x.sharding) else copied(x, *layout) for (_, x), layout in zip(leaves, layouts)]
     return nnx.merge(graphdef, jax.tree.unflatten(structure, values))
 
 
-Layout = tuple[np.dtype, Any]  # dtype and sharding
+# One array a call: what gathering needs beside its result lies there for one at a time. Of the module, so that programs
+# are compiled once and not at every rollout.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def copied(x: jax.Array, dtype: np.dtype, sharding: Any) -> jax.Array:
+    """A parameter as `decoding_layout` says. It is cast before it is gathered: the narrow one travels."""
+    x = x.astype(dtype)
+    return jax.lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
 
 
-@functools.partial(jax.jit, static_argnums=1)  # of the module, so that it is compiled once and not at every rollout
-def copies(arrays: list[jax.Array], layouts: tuple[Layout, ...]) -> list[jax.Array]:
-    """The arrays as `layouts` says. They are cast before they are gathered: the narrow ones travel."""
-
-    def one(x: jax.Array, dtype: np.dtype, sharding: Any) -> jax.Array:
-        x = x.astype(dtype)
-        return jax.lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
-
-    return [one(x, *layout) for x, layout in zip(arrays, layouts, strict=True)]
-
-
-def decoding_layout(path: tuple[Any, ...], x: Any, dtype: Any, weights: str) -> Layout:
-    """How a parameter of the training state, at `path` in the model's tree, lies while completions are drawn.
+def decoding_layout(path: tuple[Any, ...], x: Any, dtype: Any, weights: str) -> tuple[np.dtype, Any]:
+    """Dtype and sharding, while completions are drawn, of a parameter at `path` in the tree of the model that trains.
 
     The vision tower, which is read once a rollout, stays split.
 
