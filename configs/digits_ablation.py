@@ -1,6 +1,6 @@
 """What matters for PVM on the tiny digits model: a grid of adapters, recipes and data, one row each.
 
-Launch, from the repository's root (again to go on where it stopped):
+Launch, from the repository's root (again to go on; a run that was killed on the way starts over):
     python -m pvm_jax.data.prepare_digits runs/data --configs=demo,long
     python -m pvm_jax.analysis.ablation --seeds=0,1,2 --runs=runs/ablation --out=docs/ablation.json
 One row by hand, here `lora_all` with seed 0; rows of PVM are converted first, `--print` shows every row's commands:
@@ -19,6 +19,7 @@ Arguments, separated by commas: the row, and `smoke`, the same configuration in 
 from ml_collections import ConfigDict
 
 import configs.common as common
+import configs.digits_eval as digits_eval
 import configs.digits_sft as digits_sft
 
 BASE = "assets/digits_base"
@@ -149,6 +150,11 @@ def get_config(argument: str = "pvm", data: str = "runs/data") -> ConfigDict:
     if "smoke" in argument.split(","):
         digits_sft.shrink(config)
     return config.lock()
+
+
+def evaluation(smoke: bool = False) -> ConfigDict:
+    """The configuration of `commands`' last one."""
+    return digits_eval.get_config("brief,smoke" if smoke else "brief")
 
 
 def commands(name: str, seed: int, run: str, data: str = "runs/data", smoke: bool = False) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Conversion between Hugging Face checkpoints and native ones; strict in both directions.
 
     python -m pvm_jax.convert from_hf SRC DST [--pvm_layers=8,16,24 --pvm_hidden_size=512 --pvm_seed=0 ...]
-    python -m pvm_jax.convert to_hf   SRC DST [--max_shard_size=5GB --dtype=float32 --lora=peft]
+    python -m pvm_jax.convert to_hf   SRC DST [--max_shard_size=5GB --dtype=float32 --lora=peft --base_name=OWNER/NAME]
     python -m pvm_jax.convert check   SRC
 
 `from_hf` reads a Qwen3-VL or a PVM checkpoint of the public release; with --pvm_layers a Qwen3-VL gains PVM. `to_hf`
@@ -35,7 +35,7 @@ from pvm_jax.data.images import DataError
 from pvm_jax.hf_names import Leaf, Tensor, count_parameters, leaves, parse_group
 from pvm_jax.hf_weights import HFWeights, MadePVM
 from pvm_jax.lora import with_lora
-from pvm_jax.lora_files import ADAPTER, Merged, write_peft
+from pvm_jax.lora_files import ADAPTER, Merged, name_of_base, write_peft
 from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.orbax_io import Lazy
 from pvm_jax.pvm_init import METHODS
@@ -133,6 +133,7 @@ def convert_to_hf(
     max_shard_size: str | int = "5GB",
     dtype: str | None = None,
     lora: str = "merged",
+    base_name: str | None = None,
     progress: bool = False,
 ) -> Summary:
     """Writes a native checkpoint or a training workdir as a Hugging Face directory.
@@ -143,6 +144,7 @@ def convert_to_hf(
         bf16 model stays one although its trained parameters are kept in fp32.
       lora: "merged": every program reads the result, rounded to the weights' dtype. "peft": the weights without LoRA,
         and an adapter in `DST/adapter`, in fp32.
+      base_name: what the adapter calls those weights, on the Hub or on disk; None: see `lora_files.name_of_base`.
 
     Raises:
       as `convert_from_hf`, and CheckpointError if `src` is no model.
@@ -154,6 +156,10 @@ def convert_to_hf(
     table = leaves(checkpoint.config)
     if missing := [leaf.path for leaf in table if not source.holds(leaf.path)]:
         raise CheckpointError("\n".join(f"{src}: {path}: expected this parameter, found none" for path in missing))
+    if lora not in LORA:
+        raise UsageError(f"--lora: expected one of {', '.join(LORA)}, got {lora!r}")
+    if base_name is not None and lora != "peft":
+        raise UsageError("--base_name: expected --lora=peft with it, nothing else has the name of its base")
     if lora == "peft" and checkpoint.config.lora is None:
         raise UsageError(f"--lora: expected a checkpoint with LoRA, {src} has none; leave the option out")
     weights = source if lora == "peft" else Merged(source, checkpoint.config)
@@ -164,7 +170,7 @@ def convert_to_hf(
         raw = with_lora(read_json(checkpoint.files / "config.json"), None)
         write_json(partial / "config.json", _with_dtype(raw, dtype))
         if lora == "peft":
-            write_peft(source, checkpoint.config, partial / ADAPTER, dst)
+            write_peft(source, checkpoint.config, partial / ADAPTER, base_name or name_of_base(checkpoint, dst))
         writer = SafetensorsWriter(partial, tensors, max_bytes)
         for leaf in tqdm(table, desc="to_hf", unit="param", disable=not progress):
             value = weights.read(leaf.path).astype(dtypes[leaf.path], copy=False)
@@ -317,6 +323,7 @@ def _parser() -> argparse.ArgumentParser:
         help="image tokens retrieve, too (an ablation)",
     )
     to_hf.add_argument("--lora", choices=LORA, default="merged", help="where LoRA goes: into the weights, DST/adapter")
+    to_hf.add_argument("--base_name", help="what the adapter calls its weights, as Qwen/Qwen3-VL-8B-Instruct")
     to_hf.add_argument("--max_shard_size", default="5GB", help="of one safetensors file")
     return parser
 

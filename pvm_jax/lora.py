@@ -15,6 +15,8 @@ LINEAR_MAPS = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 """The linear maps of a decoder layer, by Hugging Face's names."""
+IS_LORA = re.compile(r"_lora/[ab]$")
+"""Found in the names of adapters, as in text/layers/0-2/self_attn/q_proj_lora/a."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,27 +2,31 @@
 
 PEFT's layout, a folder that lies beside the untouched weights:
 
-    adapter_config.json          r, lora_alpha, the full names of the adapted modules
+    adapter_config.json          r, lora_alpha, the full names of the adapted modules, the name of the untouched weights
     adapter_model.safetensors    base_model.model.{module}.lora_A.weight [r,in] and lora_B.weight [out,r], fp32
 
 with modules as model.language_model.layers.0.self_attn.q_proj.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from pvm_jax.checkpoint import CheckpointError, Source
-from pvm_jax.config import ModelConfig
-from pvm_jax.lora import LoRAConfig
+from pvm_jax import orbax_io
+from pvm_jax.checkpoint import Checkpoint, CheckpointError, Source, base_of
+from pvm_jax.config import ModelConfig, read_json
+from pvm_jax.lora import IS_LORA, LoRAConfig
 from pvm_jax.model_files import write_json
 from pvm_jax.models.stack import group_name
 from pvm_jax.safetensors_io import SINGLE, SafetensorsWriter
 
 ADAPTER = "adapter"
 """The folder of the adapter, within that of the weights."""
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""OWNER/NAME of the Hugging Face Hub."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +79,34 @@ class Merged:
         return value
 
 
-def write_peft(source: Source, config: ModelConfig, directory: Path, base: Path) -> None:
-    """Writes the adapter into `directory`, which must not exist; `base` is where its weights will be found."""
+def name_of_base(checkpoint: Checkpoint, folder: Path) -> str:
+    """The name under which others find the weights that an adapter belongs to; no path of this machine.
+
+    Of a Hugging Face checkpoint that nothing but LoRA was trained on: its name on the Hub, where its config.json or
+    the Hub's cache has it, else that of its directory. Of any other weights: that of the export's own `folder`.
+
+    Raises:
+      CheckpointError: a run's base is gone, or not what it was.
+    """
+    base: Checkpoint | None = checkpoint
+    while base and base.kind == "workdir":
+        if not all(IS_LORA.search(name) for name in orbax_io.Stored(base.trainable).shapes):
+            return folder.absolute().name
+        base = base_of(base)
+    if base is None:
+        return folder.absolute().name
+    path, noted = base.path.absolute(), read_json(base.files / "config.json").get("_name_or_path")
+    # Native checkpoints keep the name of what they were made of, which may have gained PVM since.
+    if isinstance(noted, str) and HUB_NAME.fullmatch(noted) and (base.kind == "hf" or not base.config.pvm):
+        return noted
+    if base.kind == "hf":
+        cached = path.parts[-3].split("--") if path.parent.name == "snapshots" else []  # models--OWNER--NAME
+        return "/".join(cached[1:]) if cached[:1] == ["models"] else path.name
+    return folder.absolute().name
+
+
+def write_peft(source: Source, config: ModelConfig, directory: Path, base: str) -> None:
+    """Writes the adapter into `directory`, which must not exist; `base` is the name of its weights."""
     directory.mkdir()
     table = list(adapted(config))
     rank, tensors = config.lora.rank, {}
@@ -99,11 +129,11 @@ def _tensor(module: str, factor: str) -> str:
     return f"base_model.model.{module}.lora_{factor}.weight"
 
 
-def _settings(lora: LoRAConfig, modules: list[str], base: Path) -> dict:
+def _settings(lora: LoRAConfig, modules: list[str], base: str) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base.absolute()),
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,

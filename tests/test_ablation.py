@@ -1,5 +1,6 @@
 """The grid of ablations: its rows, its runner on a grid of stand-ins and on the real commands, its numbers."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -23,10 +24,15 @@ STAND_IN = '''
 import json, types
 ROWS = {"base": ("nothing",), "a": ("something",)}
 RATE = 0.1
+CONVERT = """
+import sys, pathlib
+pathlib.Path(sys.argv[1], "start").mkdir()
+open(pathlib.Path(sys.argv[1]).parent / "converted.txt", "a").write(" ".join(["made", *sys.argv[2:]]) + "\\\\n")
+"""
 TRAIN = """
 import sys, pathlib
 folder = pathlib.Path(sys.argv[1])
-(folder / "train/checkpoints").mkdir(parents=True)
+(folder / "train/checkpoints").mkdir(parents=True, exist_ok=True)
 open(folder.parent / "done.txt", "a").write(folder.name + " train\\\\n")
 print("1,234 parameters train (5 %)")
 sys.exit((folder.parent / "broken").exists() and "no room left")
@@ -39,19 +45,26 @@ def part(right, tokens):
     return {"tokens": tokens, "exact": share, "reads": share, "text": share, "by_position": [share]}
 (folder / "eval").mkdir(parents=True, exist_ok=True)
 right = 90 + 2 * int(sys.argv[2])
+about = {"dtype": "float32", "devices": "8 cpu", "options": {"path": "x", "samples": 16}}
 late = {"long": {"normal": part(right, [9, 20]), "vision_masked": part(10, [9, 20])}}
 for name, summary in (("late", late), ("short", {"brief": {"normal": part(99, [1, 8])}})):
-    (folder / "eval" / f"{name}.json").write_text(json.dumps({"summary": summary}))
+    (folder / "eval" / f"{name}.json").write_text(json.dumps(about | {"summary": summary}))
 """
+SAMPLES, DTYPE, RATHER = 16, None, []
 
 def get_config(argument, data):
-    assert argument == "a", argument
+    assert argument in ("a", "a,smoke"), argument
     values = {"seed": 0, "model": {"path": "x"}, "rate": RATE}
     return types.SimpleNamespace(to_dict=lambda: values)
 
+def evaluation(smoke):
+    options = {"module": "m", "path": "y", "samples": 2 if smoke else SAMPLES}
+    return types.SimpleNamespace(to_dict=lambda: {"dtype": DTYPE, "evals": {"late": options, "short": options}})
+
 def commands(name, seed, run, data, smoke):
-    found = {"train": ["python", "-c", TRAIN, run]} if name == "a" else {}
-    return found | {"eval": ["python", "-c", EVAL, run, str(seed)]}
+    found = {"convert": ["python", "-c", CONVERT, run, *RATHER], "train": ["python", "-c", TRAIN, run, data]}
+    smoked = ["smoke"] if smoke else []
+    return (found if name == "a" else {}) | {"eval": ["python", "-c", EVAL, run, str(seed), *smoked]}
 '''
 
 
@@ -79,9 +92,11 @@ def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     assert book["rows"]["a"] == {"title": "something", "config": {"rate": 0.1}}
     run = book["runs"]["a/2"]
     assert run["trainable"] == 1234 and run["numbers"]["reads_late"] == {"right": 94, "count": 100}
-    assert [command.startswith("python -c") for command in run["commands"]] == [True, True] and run["versions"]["jax"]
+    assert all(command.startswith("python -c") for command in run["commands"]) and run["versions"]["jax"]
+    assert run["conditions"] == {"dtype": "float32", "device": "cpu", "evaluation.late.samples": 16,
+                                 "evaluation.short.samples": 16}  # fmt: skip
     shown = capsys.readouterr().out
-    assert "4 runs, 3 of them recorded" in shown and "[1/1] a/2: train" in shown
+    assert "4 runs, 3 of them recorded" in shown and "[1/1] a/2: convert" in shown
     table = (tmp_path / "out/grid.md").read_text()
     assert "| `a` | something | 1,234 | 3 | 0.920 ± 0.050 | 0.920 ± 0.050 | 0.100 ± 0.000 |" in table
     assert "| `base` | nothing | 0 | 1 | 0.900 | 0.900 | 0.100 |" in table and table.strip() in shown
@@ -110,6 +125,93 @@ def test_a_row_of_another_configuration_is_refused(grid, tmp_path):
         SystemExit, match=r"row 'a' was recorded with another configuration \(rate: there 0.2, here 0.1\)"
     ):
         grid("--rows=a", "--seeds=1")
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"RATHER": ["wide"]}, (), "row 'a' was recorded with another command (there 'python', here 'wide')"),
+        ({"SAMPLES": 8}, (), "row 'a' was recorded with another setting (evaluation.late.samples: there 16, here 8)"),
+        ({"DTYPE": "bfloat16"}, (), "recorded with another setting (dtype: there 'float32', here 'bfloat16')"),
+        ({}, ("--smoke",), "row 'a' was recorded with another command (there None, here 'smoke')"),
+        ({}, ("--runs=elsewhere", "--data=other"), None),
+    ],
+)
+def test_runs_that_do_not_compare_are_refused(grid, tmp_path, monkeypatch, change, arguments, message):
+    grid("--rows=a", "--seeds=0")
+    for name, value in change.items():
+        monkeypatch.setattr(sys.modules["stand_in"], name, value)
+    monkeypatch.chdir(tmp_path)
+    if message is None:
+        grid("--rows=a", "--seeds=0", *arguments)
+    else:
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            grid("--rows=a", "--seeds=1", *arguments)
+    assert done(tmp_path) == ["a-0 train"]
+
+
+def test_another_device_is_refused_and_a_first_record_goes_by_its_commands(grid, tmp_path, monkeypatch):
+    grid("--rows=a", "--seeds=0")
+    monkeypatch.setattr(ablation, "device", lambda: ("cpu", "TPU v5"))
+    with pytest.raises(SystemExit, match=r"another setting \(device: there 'cpu', here 'TPU v5'\); name another --out"):
+        grid("--rows=a", "--seeds=1")
+    file = tmp_path / "out/grid.json"
+    book = json.loads(file.read_text())
+    del book["runs"]["a/0"]["conditions"]
+    file.write_text(json.dumps(book))
+    grid("--rows=a", "--seeds=1")
+    assert done(tmp_path) == ["a-0 train", "a-1 train"]
+    monkeypatch.setattr(sys.modules["stand_in"], "RATHER", ["wide"])
+    with pytest.raises(SystemExit, match="row 'a' was recorded with another command"):
+        grid("--rows=a", "--seeds=2")
+
+
+def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/broken").touch()
+    for options in ([], [], ["wide"]):
+        with pytest.raises(SystemExit, match="no room left"):
+            grid("--rows=a", "--seeds=0")
+        monkeypatch.setattr(sys.modules["stand_in"], "RATHER", options)
+    with pytest.raises(SystemExit, match="no room left"):
+        grid("--rows=a", "--seeds=0")
+    assert (tmp_path / "runs/converted.txt").read_text() == "made\nmade wide\n"
+    (tmp_path / "runs/a-0/start.txt").unlink()
+    (tmp_path / "runs/broken").unlink()
+    grid("--rows=a", "--seeds=0")
+    assert (tmp_path / "runs/converted.txt").read_text() == "made\nmade wide\nmade wide\n", "of unknown options"
+
+
+def test_seconds_are_those_of_all_attempts_or_unknown(grid, tmp_path):
+    folder = tmp_path / "runs/a-0"
+    folder.mkdir(parents=True)
+    (folder / "seconds.json").write_text('{"train": 1000.0}')
+    (folder / "eval.log").touch()  # of an attempt that left no time
+    grid("--rows=a", "--seeds=0")
+    seconds = json.loads((tmp_path / "out/grid.json").read_text())["runs"]["a/0"]["seconds"]
+    assert 1000 < seconds["train"] < 1100 and seconds["eval"] is None and 0 < seconds["convert"] < 100
+    assert set(json.loads((folder / "seconds.json").read_text()).values()) == {0.0}, "it would start from nothing"
+
+
+def test_seconds_of_a_killed_attempt_are_unknown(tmp_path):
+    look = "import sys, pathlib; print(pathlib.Path(sys.argv[1], 'seconds.json').read_text())"
+    run = ablation.Run("a", 0, tmp_path, {"train": ["python", "-c", look, str(tmp_path)]})
+    assert run.do({})["train"] > 0
+    assert json.loads((tmp_path / "train.log").read_text()) == {"train": None}, "while it runs"
+
+
+def test_the_record_is_not_overwritten_by_a_smoke_test(grid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"--smoke: expected another --out than docs/ablation.json, which is the rec"):
+        grid("--smoke", f"--out={tmp_path / 'docs/ablation.json'}")
+
+
+def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(SystemExit, match="the picture needs matplotlib, which is not installed; pip install"):
+        grid("--seeds=0")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

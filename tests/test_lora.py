@@ -20,11 +20,12 @@ from safetensors.numpy import load_file
 
 import pvm_jax
 from configs.common import LORA_ONLY, PVM_AND_LORA
-from pvm_jax import convert
-from pvm_jax.checkpoint import load_model, load_params, open_checkpoint
+from pvm_jax import convert, orbax_io
+from pvm_jax.checkpoint import Checkpoint, base_record, load_model, load_params, open_checkpoint
 from pvm_jax.config import ConfigError, ModelConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.lora import LINEAR_MAPS, LoRAConfig, with_lora
+from pvm_jax.lora_files import name_of_base
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.training.freeze import Partition, flatten
 from pvm_jax.training.losses import cross_entropy
@@ -304,7 +305,7 @@ def test_the_peft_export_read_by_torch(finished, exported, small_checkpoint):
     settings = json.loads((folder / "adapter_config.json").read_text())
     tensors = {name: torch.from_numpy(value) for name, value in load_file(folder / "adapter_model.safetensors").items()}
     assert {k: settings[k] for k in ("peft_type", "r", "lora_alpha", "bias", "base_model_name_or_path")} == {
-        "peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "base_model_name_or_path": str(exported["peft"])
+        "peft_type": "LORA", "r": 3, "lora_alpha": 6, "bias": "none", "base_model_name_or_path": "peft"
     }  # fmt: skip
     base, before = load_file(exported["peft"] / "model.safetensors"), load_file(small_checkpoint / "model.safetensors")
     assert all(np.array_equal(base[name], before[name]) for name in before if "pvm_block" not in name)
@@ -326,6 +327,46 @@ def test_the_peft_export_read_by_torch(finished, exported, small_checkpoint):
     ours = load_model(finished, scan=True)
     got = np.asarray(logits(ours, Processor.from_pretrained(small_checkpoint)([sample])))[0, : len(expected)]
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=0)
+
+
+def lora_run(base: Path | None, workdir: Path, trained: str = "text/layers/0/mlp/up_proj_lora/a") -> Checkpoint:
+    """A workdir with one trained parameter."""
+    (workdir / "model").mkdir(parents=True)
+    raw = tiny.hf_config() if base is None else json.loads((base / "config.json").read_text())
+    (workdir / "model/config.json").write_text(json.dumps(raw))
+    (workdir / "model/base.json").write_text(json.dumps(base_record(base)))
+    orbax_io.save(workdir / "checkpoints/1/trainable", {trained: np.zeros((1, 2, 3), np.float32)})
+    return open_checkpoint(workdir)
+
+
+def test_an_adapter_has_the_name_that_its_base_has_elsewhere(stock_checkpoint, tmp_path):
+    """And no path of the machine that it was trained on."""
+    hub, dst = tmp_path / "models--Qwen--Some-VL/snapshots/0a1b", tmp_path / "export"
+    folder, noted = tmp_path / "Some-VL-local", tmp_path / "noted"
+    for copy in (hub, folder, noted):
+        shutil.copytree(stock_checkpoint, copy)
+    raw = json.loads((noted / "config.json").read_text())
+    (noted / "config.json").write_text(json.dumps(raw | {"_name_or_path": "Qwen/Other-VL"}))
+    assert convert.main(["from_hf", str(noted), str(tmp_path / "native")]) == 0
+    bases = {"hub": hub, "folder": folder, "noted": noted, "native": tmp_path / "native", "scratch": None}
+    names = {name: name_of_base(lora_run(base, tmp_path / "runs" / name), dst) for name, base in bases.items()}
+    assert names == {"hub": "Qwen/Some-VL", "folder": "Some-VL-local", "noted": "Qwen/Other-VL",
+                     "native": "Qwen/Other-VL", "scratch": "export"}  # fmt: skip
+    assert name_of_base(lora_run(noted, tmp_path / "runs/more", "text/norm"), dst) == "export", "its weights are others"
+
+
+def test_the_name_of_the_base_can_be_given(finished, tmp_path, capsys):
+    arguments = ["to_hf", str(finished), str(tmp_path / "hf"), "--base_name=Qwen/Some-VL"]
+    assert convert.main(arguments) == 2
+    assert "error: --base_name: expected --lora=peft with it" in capsys.readouterr().err
+    assert convert.main([*arguments, "--lora=peft"]) == 0
+    settings = json.loads((tmp_path / "hf/adapter/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "Qwen/Some-VL"
+
+
+def test_an_unknown_kind_of_export_is_refused(finished, tmp_path):
+    with pytest.raises(convert.UsageError, match="--lora: expected one of merged, peft, got 'pefft'"):
+        convert.convert_to_hf(finished, tmp_path / "hf", lora="pefft")
 
 
 def test_a_checkpoint_without_adapters_has_no_peft_export(small_checkpoint, tmp_path, capsys):

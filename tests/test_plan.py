@@ -21,6 +21,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh
 
 import configs.sft
+from configs.common import PVM_AND_LORA
 from pvm_jax.config import ModelConfig
 from pvm_jax.planning import estimate, topology
 from pvm_jax.planning.hlo import Program
@@ -210,6 +211,27 @@ def test_unavoidable_bytes_of_8b_by_hand():
     assert least.optimizer == pytest.approx(3 * 4 * (split / 8 + 27_922_179 - split), rel=0.001)
     assert least.weights == pytest.approx(2 * 8.77e9 / 8, rel=0.1), "nearly all is split"
     assert least.work > 2 * 3 * tokens * 12288
+
+
+def test_backward_passes_end_at_the_lowest_layer_that_trains():
+    config = resolved("2b") | {"freeze": PVM_AND_LORA}
+    config["model"] |= {"lora": {"rank": 4, "alpha": None, "targets": r"layers\.2[0-3]\.mlp"}}
+    step = step_of(config)
+    lowest = step.recipe.model.pvm.layers[0]
+    names = {**step.state.trainable, **step.frozen}
+    for pattern, first in (
+        ("_lora/[ab]$", 20),
+        ("_lora/[ab]$|pvm_block", lowest),
+        ("layers/2[1-9]|^text/norm$", 24),
+        ("^text/norm$|^lm_head$", 28),
+        ("_lora/[ab]$|^visual/", 0),
+        ("_lora/[ab]$|embed_tokens", 0),
+        ("", 0),
+    ):
+        state = dataclasses.replace(step.state, trainable={n: x for n, x in names.items() if re.search(pattern, n)})
+        other = dataclasses.replace(step, state=state)
+        assert estimate.first_trainable(other) == first, pattern
+        assert estimate.unavoidable(other).layer_inputs == 2 * 4096 * 2048 * (28 - first + 1)
 
 
 def shrunk(config: ModelConfig, layers: int, pvm: int, blocks: int) -> ModelConfig:

@@ -22,6 +22,7 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
 from pvm_jax.training.report import NonFiniteLoss, Reporter
 from pvm_jax.training.stage import StageBatch, TrainingError
+from pvm_jax.training.workdir import refuse_other_configuration
 
 ROOT = Path(__file__).parents[1]
 
@@ -284,6 +285,37 @@ def test_workdir_of_another_configuration_is_refused(finished, run):
     message = r"differs in optimizer.learning_rate \(there 0.01, here 0.02\); seed \(there 0, here 5\)"
     with pytest.raises(TrainingError, match=message):
         run(finished, "--config.seed=5", "--config.optimizer.learning_rate=0.02")
+
+
+GRPO = {"model": {"path": "x", "attention": "xla", "lora": {"rank": 0, "alpha": None, "targets": "proj"}}, "steps": 3,
+        "stage": {"beta": 0.0, "sampler_weights": "gathered"}, "data": {"path": "y", "position_shift": 0}}  # fmt: skip
+
+
+def of_before() -> dict:
+    """The same run, by a configuration without the keys that came later."""
+    return {"model": {"path": "x"}, "stage": {"beta": 0.0}, "data": {"path": "y"}, "steps": 3}
+
+
+@pytest.mark.parametrize("begun", [of_before(), GRPO | {"stage": {"beta": 0.0, "sampler_weights": "split"}}])
+def test_a_run_goes_on_with_what_changes_no_numbers(tmp_path, begun):
+    (tmp_path / "config.json").write_text(json.dumps(begun))
+    refuse_other_configuration(tmp_path, GRPO)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model", {"path": "x", "lora": {"rank": 4}}, "model.lora.rank (there 0, here 4)"),
+        ("model", {"path": "x", "attention": "cudnn"}, "model.attention (there 'xla', here 'cudnn')"),
+        ("data", {"path": "y", "position_shift": 9}, "data.position_shift (there 0, here 9)"),
+        ("stage", {"beta": 0.1}, "stage.beta (there 0.0, here 0.1)"),
+        ("stage", {"beta": 0.0, "other": 1}, "stage.other (there None, here 1)"),
+    ],
+)
+def test_a_key_that_a_run_had_not_means_what_it_did_then(tmp_path, key, value, message):
+    (tmp_path / "config.json").write_text(json.dumps(of_before()))
+    with pytest.raises(TrainingError, match=re.escape(f"differs in {message}:")):
+        refuse_other_configuration(tmp_path, of_before() | {key: value})
 
 
 def test_weights_that_changed_since_are_refused(run, pvm_checkpoint, tmp_path):

@@ -6,16 +6,23 @@
 
 A run is one row with one seed. Its commands (convert, train.py, eval.py) run as child processes one after the other;
 its numbers, commands and seconds then go into one JSON file, and its checkpoints are deleted. Started again, the grid
-goes on with the runs that are not recorded, the first of them where it stopped. Beside the JSON file lie the table
-(.md) and the picture (.png), drawn again after every run.
+goes on with the runs that are not recorded, the first of them from its last checkpoint, or from its beginning where it
+has none. Beside the JSON file lie the table (.md) and the picture (.png), drawn again after every run.
+
+Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
+and the folders), another evaluation, or on another kind of device, is refused.
 
 A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)},
-`get_config(argument, data)`, and `commands(name, seed, run, data, smoke)`, {"convert", "train", "eval": arguments}.
+`get_config(argument, data)`, `commands(name, seed, run, data, smoke)`, {"convert", "train", "eval": arguments}, and
+`evaluation(smoke)`, the configuration of eval.py.
 """
 
 import argparse
 import dataclasses
+import functools
 import importlib
+import importlib.util
+import itertools
 import json
 import os
 import re
@@ -24,16 +31,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pvm_jax.analysis.ablation_tables import draw, markdown, numbers
 from pvm_jax.cli import leaves
-from pvm_jax.evals.results import ResultError, read_summary, versions, write_whole
+from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
 
 FREE = re.compile(r"(^|\.)(seed|path)$")
 """Keys that differ from run to run of a row."""
+OUT = Path("docs/ablation.json")
+RUN, DATA = "<run>", "<data>"
+"""What stands for the folders of a run and of the data in commands that are compared."""
+Commands = Mapping[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,42 +54,64 @@ class Run:
     row: str
     seed: int
     folder: Path
-    commands: Mapping[str, list[str]]
+    commands: Commands
 
     @property
     def key(self) -> str:
         return f"{self.row}/{self.seed}"
 
-    def do(self, environment: Mapping[str, str]) -> dict[str, float]:
-        """Runs what is left to do; seconds by command.
+    def do(self, environment: Mapping[str, str]) -> dict[str, float | None]:
+        """Runs what is left to do; seconds by command, of all attempts together.
+
+        None where that is not known: an attempt was killed together with this process.
 
         Raises:
           ResultError: a command failed; the message has its last line.
         """
-        seconds = {}
+        made = self.folder / "start.txt"
         self.folder.mkdir(parents=True, exist_ok=True)
+        seconds = self._seconds()
         for name, arguments in self.commands.items():
-            if name == "convert" and (self.folder / "start").exists():
-                continue  # it appears as a whole or not at all; train.py itself goes on where it was
-            began, log = time.monotonic(), self.folder / f"{name}.log"
+            if name == "convert":
+                known = (self.folder / "start").exists() and made.exists()
+                if known and made.read_text(encoding="utf-8") == shlex.join(arguments):
+                    continue  # it appears as a whole or not at all; train.py itself goes on with its last checkpoint
+                self._forget()  # a start by other options, and what was trained from it
+            before, began, log = seconds[name], time.monotonic(), self.folder / f"{name}.log"
+            self._keep(seconds | {name: None})
             with log.open("w", encoding="utf-8") as file:
                 argv = [sys.executable, *arguments[1:]]
                 status = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            seconds[name] = None if before is None else round(before + time.monotonic() - began, 1)
+            self._keep(seconds)
             if status:
-                last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-                raise ResultError(f"{self.key}: {name} ended with status {status}: {last} (all of it: {log})")
-            seconds[name] = round(time.monotonic() - began, 1)
+                raise ResultError(f"{self.key}: {name} ended with status {status}: {_last(log)} (all of it: {log})")
+            if name == "convert":
+                write_whole(made, [shlex.join(arguments)])
         return seconds
 
-    def result(self, seconds: Mapping[str, float]) -> dict[str, Any]:
+    def _seconds(self) -> dict[str, float | None]:
+        """What earlier attempts took; of one that left a log and nothing else it is not known."""
+        file = self.folder / "seconds.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        unknown = {name: None if (self.folder / f"{name}.log").exists() else 0.0 for name in self.commands}
+        return {name: kept.get(name, unknown[name]) for name in self.commands}
+
+    def _keep(self, seconds: Mapping[str, float | None]) -> None:
+        write_whole(self.folder / "seconds.json", [json.dumps(seconds) + "\n"])
+
+    def result(self, seconds: Mapping[str, float | None]) -> dict[str, Any]:
         """The entry of the JSON file."""
-        evals = {part: read_summary(self.folder / "eval" / f"{part}.json") for part in ("late", "short")}
+        evals = {part: read_result(self.folder / "eval" / f"{part}.json") for part in ("late", "short")}
+        about = evals["late"]
+        conditions = {"dtype": about["dtype"], "device": about["devices"].partition(" ")[2]}  # "8 cpu": eight of them
         return {
             "commands": [shlex.join(arguments) for arguments in self.commands.values()],
+            "conditions": conditions | _of_evaluation({part: result["options"] for part, result in evals.items()}),
             "seconds": dict(seconds),
             "trainable": self._trainable(),
             "versions": versions(),
-            "numbers": numbers(evals["late"] | evals["short"]),
+            "numbers": numbers(evals["late"]["summary"] | evals["short"]["summary"]),
         }
 
     def _trainable(self) -> int:
@@ -89,8 +122,22 @@ class Run:
 
     def clean(self) -> None:
         """Removes the checkpoints; metrics, configuration, logs and results stay."""
+        self._forget()
+        self._keep(dict.fromkeys(self.commands, 0.0))
+
+    def _forget(self) -> None:
         for path in (self.folder / "start", self.folder / "train" / "checkpoints"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _last(log: Path) -> str:
+    return (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+
+
+def _of_evaluation(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Flat, without the paths of its data."""
+    flat = leaves({"evaluation": json.loads(json.dumps(options))})
+    return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
 class Book:
@@ -109,17 +156,41 @@ class Book:
                     f"{path}: expected the JSON file of a grid, but it does not read ({error!r})"
                 ) from None
 
-    def check(self, row: str, config: Mapping[str, Any] | None) -> None:
-        """Refuses a row that has runs of another configuration."""
+    def check(
+        self,
+        row: str,
+        config: Mapping[str, Any] | None,
+        commands: Callable[[int], Commands],
+        conditions: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Refuses a row that has runs of another kind.
+
+        Args:
+          commands: of the row with a seed, with RUN and DATA for the folders.
+          conditions: as in a run's entry; asked for if there is one that has them.
+        """
         if row not in self.rows:
             return
-        before, now = (value or {} for value in (self.rows[row]["config"], config))
-        if differ := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-            key = differ[0]
-            raise ResultError(
-                f"{self.path}: row {row!r} was recorded with another configuration ({key}: there {before.get(key)!r}, "
-                f"here {now.get(key)!r}); name another --out"
-            )
+        self._compare(row, "configuration", self.rows[row]["config"] or {}, config or {})
+        for key, run in self.runs.items():
+            name, _, seed = key.rpartition("/")
+            if name != row:
+                continue
+            if differ := difference([shlex.split(line) for line in run["commands"]], commands(int(seed))):
+                self._refuse(row, "command", *differ)
+            if "conditions" in run:  # the first grids recorded none: there the commands have to do
+                self._compare(row, "setting", run["conditions"], conditions())
+
+    def _compare(self, row: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+        for key in sorted(there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                self._refuse(row, what, there.get(key), here.get(key), f"{key}: ")
+
+    def _refuse(self, row: str, what: str, there: Any, here: Any, key: str = "") -> None:
+        raise ResultError(
+            f"{self.path}: row {row!r} was recorded with another {what} ({key}there {there!r}, here {here!r}); "
+            "name another --out"
+        )
 
     def add(self, run: Run, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
         self.rows[run.row] = {"title": title, "config": config}
@@ -134,6 +205,45 @@ class Book:
         write_whole(self.path.with_suffix(".md"), [text + "\n"])
         draw({name: self.rows[name]["title"] for name in rows}, self.runs, self.path.with_suffix(".png"))
         return text
+
+
+def difference(there: Sequence[Sequence[str]], here: Commands) -> tuple[str | None, str | None] | None:
+    """The first argument that is not the same, as it was there and is here; None if all are.
+
+    RUN and DATA in `here` stand for any folder that is the same throughout `there`.
+    """
+    folders: dict[str, str] = {}
+    for old, new in itertools.zip_longest(itertools.chain(*there), itertools.chain(*here.values())):
+        if old is None or new is None:
+            return old, new
+        known = new
+        for mark, folder in folders.items():
+            known = known.replace(mark, folder)
+        if found := re.fullmatch(re.escape(known).replace(RUN, "(?P<run>.+)").replace(DATA, "(?P<data>.+)"), old):
+            folders |= {f"<{name}>": folder for name, folder in found.groupdict().items()}
+        else:
+            return old, known
+    return None
+
+
+@functools.cache
+def device() -> tuple[str, str]:
+    """Platform and kind of the devices here; asked in a process of its own, which lets go of them."""
+    code = "import jax; print(jax.default_backend()); print(jax.devices()[0].device_kind)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ResultError(f"JAX finds no device: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    platform, kind = done.stdout.splitlines()[-2:]
+    return platform, kind
+
+
+def conditions(grid: Any, smoke: bool) -> dict[str, Any]:
+    """Dtype, device and options of the evaluation that a run here has."""
+    config = grid.evaluation(smoke).to_dict()
+    platform, kind = device()
+    dtype = config["dtype"] or ("float32" if platform == "cpu" else "bfloat16")  # as eval.py
+    parts = {part: {k: v for k, v in own.items() if k != "module"} for part, own in config["evals"].items()}
+    return {"dtype": dtype, "device": kind} | _of_evaluation(parts)
 
 
 def plan(grid: Any, names: Sequence[str], seeds: Sequence[int], runs: Path, data: str, smoke: bool) -> list[Run]:
@@ -159,9 +269,11 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
 
 def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namespace) -> list[str]:
     """Does the runs that are not recorded; messages of those that failed."""
-    configs = {run.row: configuration(grid, run, options.data, options.smoke) for run in planned}
+    smoke = options.smoke
+    configs = {run.row: configuration(grid, run, options.data, smoke) for run in planned}
     for row, config in configs.items():
-        book.check(row, config)
+        commands = functools.partial(grid.commands, row, run=RUN, data=DATA, smoke=smoke)
+        book.check(row, config, commands, lambda: conditions(grid, smoke))
     left = [run for run in planned if run.key not in book.runs]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
     cache = str((options.runs / "xla").absolute())
@@ -181,7 +293,7 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
             run.clean()
         passed = time.monotonic() - began
         rest = passed / number * (len(left) - number)
-        took = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
+        took = ", ".join(f"{name} {'?' if s is None else round(s)} s" for name, s in result["seconds"].items())
         print(f": {took}; {passed / 60:.0f} min so far, about {rest / 60:.0f} left", flush=True)
     return failed
 
@@ -193,8 +305,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--data", default="runs/data", help="folder of the data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/ablation.json"))
-    parser.add_argument("--smoke", action="store_true", help="a few steps a run")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--smoke", action="store_true", help="a few steps a run; needs another --out")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
     parser.add_argument("--tables", action="store_true", help="draw what is recorded and run nothing")
@@ -224,11 +336,16 @@ def _run(options: argparse.Namespace) -> list[str]:
             print(f"# {run.key}: {grid.ROWS[run.row][0]}")
             print("\n".join(shlex.join(arguments) for arguments in run.commands.values()))
         return []
+    if options.smoke and options.out.absolute() == OUT.absolute():
+        raise ResultError(f"--smoke: expected another --out than {OUT}, which is the record of whole runs")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ResultError("the picture needs matplotlib, which is not installed; pip install -e '.[demo]'")
     book = Book(options.out)
     failed = [] if options.tables else work(grid, planned, book, options)
-    if not book.runs:
+    if not book.runs and not failed:
         raise ResultError(f"{options.out}: expected recorded runs, found none")
-    print(book.tables(list(grid.ROWS)))
+    if book.runs:
+        print(book.tables(list(grid.ROWS)))
     return failed
 
 

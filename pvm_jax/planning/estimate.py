@@ -22,7 +22,11 @@ import dataclasses
 import jax
 
 from pvm_jax.config import PVMConfig, TextConfig, VisionConfig
+from pvm_jax.models.stack import group_layers
 from pvm_jax.planning.recipe import Inference, Recipe, Step, TrainStep, on_device
+
+ABOVE = ("text/norm", "lm_head")
+"""Parameters behind the last layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +84,18 @@ def _work(recipe: Recipe, tokens: int, scored: int, *, gathers: bool = True, hea
 
 
 def first_trainable(step: TrainStep) -> int:
-    """The first decoder layer that the backward pass reaches."""
-    pvm = step.recipe.model.pvm
-    return pvm.layers[0] if pvm and step.only_pvm else 0
+    """The first decoder layer that the backward pass reaches: the lowest with PVM, LoRA or weights that train.
+
+    The number of layers if it reaches none, 0 if what lies below them trains.
+    """
+    return min(_layer(name, step.recipe.model.text.num_hidden_layers) for name in step.state.trainable)
+
+
+def _layer(name: str, layers: int) -> int:
+    """The first decoder layer that the gradient of a parameter passes through."""
+    if name.startswith("text/layers/"):
+        return group_layers(name.split("/")[2])[0]
+    return layers if name.startswith(ABOVE) else 0
 
 
 def layer_weights(text: TextConfig) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax.checkpoint import Checkpoint, OneKey, load_params
 from pvm_jax.config import ModelConfig
-from pvm_jax.lora import LoRAConfig
+from pvm_jax.lora import IS_LORA, LoRAConfig
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import AnyMesh, param_shardings
 from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
 from pvm_jax.training.stage import Fraction, Objective, Setup, Stage, TrainingError
-
-IS_LORA = re.compile(r"_lora/[ab]$")
-"""Found in the names of adapters, as in text/layers/0-2/self_attn/q_proj_lora/a."""
 
 Evaluate = Callable[[nnx.Module], Mapping[str, Fraction]]
 

@@ -8,6 +8,7 @@ metrics.jsonl, tensorboard/
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,25 @@ from pvm_jax.lora import with_lora
 from pvm_jax.model_files import copy_files, new_directory, write_json
 from pvm_jax.training.stage import TrainingError
 
-# What may change between two starts of one run: where and how fast it computes, and what it reports.
-FREE = ("mesh.", "checkpoint.", "evals.", "data.threads", "log_every", "compilation_cache")
+# What may change between two starts of one run: where and how fast it computes, and what it reports. As with the mesh,
+# numbers then differ by rounding, with `stage.sampler_weights` those of the model that draws completions.
+FREE = (
+    "mesh.",
+    "checkpoint.",
+    "evals.",
+    "data.threads",
+    "stage.sampler_weights",
+    "log_every",
+    "compilation_cache",
+)
+
+# What runs did before these keys existed (regular expression of the whole key, value); of any other key: None.
+BEFORE = (
+    (r"data\.position_shift", 0),
+    (r"model\.attention", "xla"),
+    (r"model\.lora\.rank", 0),
+    (r"model\.lora\.targets", "proj"),
+)
 
 
 def claim(
@@ -54,7 +72,7 @@ def claim(
     record = base_record(source.path if has_weights else None)
     model = workdir / "model"
     if begun:
-        _refuse_other_configuration(workdir, config)
+        refuse_other_configuration(workdir, config)
         before = read_json(model / BASE)
         if before.get("checksum") != record["checksum"]:
             raise TrainingError(
@@ -78,15 +96,22 @@ def claim(
             write_limits(partial, processor)
 
 
-def _refuse_other_configuration(workdir: Path, config: Mapping[str, Any]) -> None:
+def refuse_other_configuration(workdir: Path, config: Mapping[str, Any]) -> None:
+    """TrainingError if the run in `workdir` has another configuration than `config`, as JSON holds it."""
     stored, given = leaves(read_json(workdir / "config.json")), leaves(config)
+    there, here = ({key: _value(flat, key) for key in stored.keys() | given.keys()} for flat in (stored, given))
     differ = [
-        f"{key} (there {stored.get(key)!r}, here {given.get(key)!r})"
-        for key in sorted(stored.keys() | given.keys())
-        if stored.get(key) != given.get(key) and not key.startswith(FREE)
+        f"{key} (there {there[key]!r}, here {here[key]!r})"
+        for key in sorted(there)
+        if there[key] != here[key] and not key.startswith(FREE)
     ]
     if differ:
         raise TrainingError(
             f"{workdir} holds a run of another configuration, which differs in {'; '.join(differ)}: "
             "choose another --workdir"
         )
+
+
+def _value(flat: Mapping[str, Any], key: str) -> Any:
+    """Of a key that a configuration need not have, see `BEFORE`."""
+    return flat[key] if key in flat else next((value for pattern, value in BEFORE if re.fullmatch(pattern, key)), None)
