@@ -75,6 +75,7 @@ def trace(of: Text, seed: int, pvm_layers: tuple[int, ...] = (1,), notes: tuple[
             no_fit=None if fits else f"a fit needs at least 30 tokens with an image, this text has {count}",
             pvm_entropy=-(retrieval * logs).sum(-1).astype(np.float32) if has_pvm else None,
             pvm_ratio=ratios if has_pvm else None,
+            pvm_choices=np.full(count, visual, np.int32) if has_pvm else None,
         ),
         lens=Lens(
             predicted=ids,

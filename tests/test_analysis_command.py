@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
 
 from pvm_jax.analysis import __main__ as command
+from pvm_jax.analysis import tracing
+from pvm_jax.sharding import make_mesh
 
 
 def row(number: int, *parts, answer: str | None = None) -> dict:
@@ -37,20 +40,25 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(small_checkpoint, data, tmp_path_factory):
-    """One model with its PVM and without, on all rows: the folder, standard output and standard error."""
+    """One model with its PVM and without, on all rows: the folder, standard output and error, and how many texts each pass had."""
     import contextlib
     import io
 
     out = tmp_path_factory.mktemp("analysis") / "out"
     flags = [f"--checkpoint={small_checkpoint}", "--without_pvm", f"--data={data}", f"--out={out}"]
-    printed, progress = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+    printed, progress, calls, trace = io.StringIO(), io.StringIO(), [], tracing.trace
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(progress),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(tracing, "trace", lambda *given, **how: calls.append(len(given[1])) or trace(*given, **how))
         assert command.main([*flags, "--names=tiny", "--max_new_tokens=3", "--forced"]) == 0
-    return out, printed.getvalue(), progress.getvalue()
+    return out, printed.getvalue(), progress.getvalue(), calls
 
 
 def test_what_it_prints_is_what_it_writes(both):
-    out, printed, progress = both
+    out, printed, progress, _ = both
     content = json.loads((out / "analysis.json").read_text())
     lines = printed.splitlines()
     for line, cells in zip(lines, [content["table"]["header"], *content["table"]["rows"]]):
@@ -67,7 +75,7 @@ def test_what_it_prints_is_what_it_writes(both):
 
 
 def test_given_written_and_silenced(both):
-    out, _, _ = both
+    out, _, _, _ = both
     tiny_run, silent = json.loads((out / "analysis.json").read_text())["runs"]
     assert [run["name"] for run in (tiny_run, silent)] == ["tiny", "tiny, PVM silenced"]
     given, written, text = tiny_run["samples"]
@@ -84,14 +92,28 @@ def test_given_written_and_silenced(both):
     assert all(words[str(token)] is not None for layer in given["lens"]["token"] for token in layer)
 
 
-def test_a_checkpoint_without_pvm(stock_checkpoint, data, tmp_path, capsys):
-    flags = [f"--checkpoint={stock_checkpoint}", f"--data={data}", f"--out={tmp_path / 'out'}", "--limit=1"]
-    assert command.main(flags) == 0
+def test_checkpoints_without_pvm_and_maps(stock_checkpoint, data, tmp_path, capsys, monkeypatch):
+    """Twice the same one; the first is gone from memory when the second is loaded."""
+    alive, load = [], command.load_model
+
+    def watched(*arguments, **options):
+        alive.append(sum(array.nbytes for array in jax.live_arrays()))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(command, "load_model", watched)
+    flags = [f"--checkpoint={stock_checkpoint},{stock_checkpoint}/", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    assert command.main([*flags, "--limit=1", "--names=tiny,again", "--no_maps", "--max_pixels=4096"]) == 0
+    assert alive[0] == alive[1]
     printed = capsys.readouterr().out
-    assert "note: The checkpoint has no PVM" in printed and printed.splitlines()[1].startswith(stock_checkpoint.name)
+    assert "note: The checkpoint has no PVM" in printed and printed.splitlines()[1].startswith("tiny")
     assert not (tmp_path / "out/pvm.png").exists() and (tmp_path / "out/dilution.png").exists()
+    first, second = json.loads((tmp_path / "out/analysis.json").read_text())["runs"]
+    assert first["samples"] == second["samples"] and not first["maps"] and first["max_pixels"] == 4096
+    assert first["samples"][0]["pictures"][0] | {"rows": 1, "columns": 2} == first["samples"][0]["pictures"][0]
+    with np.load(tmp_path / "out/maps.npz") as arrays:
+        assert "run0/sample0/visual_mass" in arrays and not [name for name in arrays if "attention" in name]
     with pytest.raises(SystemExit) as stopped:
-        command.main([*flags[:2], f"--out={tmp_path / 'other'}", "--without_pvm"])
+        command.main([f"--checkpoint={stock_checkpoint}", flags[1], f"--out={tmp_path / 'other'}", "--without_pvm"])
     assert stopped.value.code == 2
     assert "--without_pvm: expected a checkpoint with PVM, found none in" in capsys.readouterr().err
 
@@ -141,6 +163,20 @@ def test_data_that_cannot_be_used(small_checkpoint, tmp_path, capsys, content, s
 def test_a_checkpoint_that_is_none(tmp_path, data, capsys):
     assert command.main([f"--checkpoint={tmp_path / 'none'}", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 1
     assert "none: expected a model directory, found nothing" in capsys.readouterr().err
+
+
+def test_it_runs_on_one_host(stock_checkpoint, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        command.main([f"--checkpoint={stock_checkpoint}", f"--data={data}", f"--out={tmp_path / 'out'}"])
+    assert "the analyses run on one host, here are 2" in capsys.readouterr().err
+
+
+def test_texts_go_through_together(both):
+    """Each of the two runs measures its three texts in one pass, and a mesh gets a text for each of its rows."""
+    *_, calls = both
+    assert calls == [3, 3]
+    assert [command._together(mesh) for mesh in (None, make_mesh(data=2, fsdp=4), make_mesh(tensor=8))] == [4, 8, 4]
 
 
 def test_names_are_as_short_as_they_can_be():

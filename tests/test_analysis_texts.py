@@ -57,6 +57,21 @@ def test_pieces_join_to_the_text(processor):
     assert "".join(cut) == "naïve → 数字 \ufffd", "a text that ends within a character"
 
 
+def test_pieces_of_replacement_characters(processor, monkeypatch):
+    """A text may really have U+FFFD: it holds nothing back, and the time is linear in the length."""
+    whole = "a" + 200 * "\ufffd" + "\U0001f600" + 3 * "\ufffd" + "b\ufffd"
+    ids = processor.tokenizer(whole)["input_ids"]
+    decode, work = Processor.decode, []
+    monkeypatch.setattr(Processor, "decode", lambda self, ids, **how: work.append(len(ids)) or decode(self, ids, **how))
+    found = texts.pieces(processor, ids)
+    assert "".join(found) == whole and len(found) == len(ids)
+    assert max(map(len, found)) <= 2 and found.count("\ufffd") > 190
+    assert max(work) <= 8 and len(work) < 16 * len(ids)
+    emoji = processor.tokenizer("\U0001f600")["input_ids"]
+    broken = texts.pieces(processor, emoji[:-1] * 20)  # bytes of nothing
+    assert "".join(broken).count("\ufffd") >= 20 and len(broken) == 20 * (len(emoji) - 1)
+
+
 def test_forced_answers_never_end(model, processor):
     """Where greedy decoding would stop at once, the answer goes on, with the most probable other token."""
     sample = CONVERSATIONS["image"]

@@ -4,25 +4,25 @@
     python -m pvm_jax.analysis --checkpoint=PVM --without_pvm --data=questions.jsonl --max_new_tokens=1024 --out=DIR
 
 DATA has rows as for training (docs/data.md). A row with an answer is analysed as it stands; for one without, each model
-writes its own, greedily. What DIR holds then: see `files`.
+writes its own, greedily. What DIR holds then: see `files`. It runs on one host.
 
 Exit status: 0, 1 for what can be put right in the data or the checkpoint, 2 for a command line that cannot be used.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pvm_jax import cli
-from pvm_jax.analysis import files, measures, texts, tracing
+from pvm_jax.analysis import figures, files, measures, texts, tracing
 from pvm_jax.analysis.measures import Run
 from pvm_jax.analysis.results import AnalysisError, Trace
 from pvm_jax.analysis.texts import Source
@@ -32,7 +32,10 @@ from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
 from pvm_jax.evals.results import versions
 from pvm_jax.models.qwen3_vl import Qwen3VL
-from pvm_jax.sharding import MESH_AXES, make_mesh
+from pvm_jax.sharding import MESH_AXES, make_mesh, ways_of
+
+TOGETHER = 4
+"""Texts at once where rows are not spread over devices; else as many as there are devices for rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_new_tokens", type=int, default=512, help="of written answers")
     add("--forced", action="store_true", help="written answers never end before max_new_tokens")
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 on accelerators")
+    add("--min_pixels", type=int, help="of an image after the resize; default: what each checkpoint says")
+    add("--max_pixels", type=int, help="the same; models of different sizes of images do not compare")
+    add("--no_maps", action="store_true", help="curves alone: maps of long texts and many images take much memory")
     add("--mesh", type=_mesh, metavar="AXIS=N,...", help="devices along data, fsdp, tensor; default: one device")
     return parser
 
@@ -100,8 +106,11 @@ def plan(options: argparse.Namespace) -> list[Plan]:
             raise AnalysisError(f"--{name}: expected at least 1, got {getattr(options, name)}")
     if Path(options.out).exists():
         raise AnalysisError(f"--out={options.out}: expected a folder that is not there yet; remove it or name another")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise AnalysisError("the plots need matplotlib, which is not installed; pip install -e '.[demo]'")
+    figures.check()
+    if jax.process_count() > 1:
+        raise AnalysisError(
+            f"the analyses run on one host, here are {jax.process_count()}; start them where one has all devices"
+        )
     plans = []
     for name, path in zip(names, paths):
         has_pvm = open_checkpoint(path).config.pvm is not None  # all of them before the first is loaded
@@ -137,65 +146,97 @@ def samples(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def analyse(plans: Sequence[Plan], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> list[Run]:
     """Every plan on every row; a checkpoint is loaded once, and its texts are read or written once."""
+    groups = itertools.groupby(plans, key=lambda one: one.checkpoint)
+    return [run for path, group in groups for run in _analyse(path, list(group), rows, options)]
+
+
+def _analyse(
+    path: str, plans: Sequence[Plan], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace
+) -> list[Run]:
+    """The plans of one checkpoint, whose model is gone behind this function: the next one needs its memory."""
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = make_mesh(**options.mesh) if options.mesh else None
+    checkpoint = open_checkpoint(path)
+    processor = Processor.from_pretrained(
+        checkpoint.files, min_pixels=options.min_pixels, max_pixels=options.max_pixels
+    )
+    given = {where: _read(processor, where, row, options.generate) for where, row in rows.items()}
+    _say(f"loading {path}")
+    model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True if mesh else None, mesh=mesh)
+    together = _together(mesh)
+    questions = [row for where, row in rows.items() if given[where] is None]
+    written = iter(_written(model, processor, questions, together, options))
+    sources = [one or next(written) for one in given.values()]
+    about = {
+        "checkpoint": path,
+        "checksum": checksum(path),
+        "pvm_layers": list(checkpoint.config.pvm.layers) if checkpoint.config.pvm else [],
+        "dtype": dtype,
+        "data": options.data,
+        "min_pixels": processor.images.min_pixels,
+        "max_pixels": processor.images.max_pixels,
+        "maps": not options.no_maps,
+        "answers": "written, greedy" if options.generate else "given, or written greedily where there is none",
+        "max_new_tokens": options.max_new_tokens,
+        "forced": options.forced,
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "versions": versions(),
+    }
     runs = []
-    for path, group in itertools.groupby(plans, key=lambda one: one.checkpoint):
-        checkpoint = open_checkpoint(path)
-        processor = Processor.from_pretrained(checkpoint.files)
-        given = [None if options.generate else _read(processor, where, row) for where, row in rows.items()]
-        _say(f"loading {path}")
-        model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True if mesh else None, mesh=mesh)
-        sources = [one or _written(model, processor, *row, options) for one, row in zip(given, rows.items())]
-        about = {
-            "checkpoint": path,
-            "checksum": checksum(path),
-            "pvm_layers": list(checkpoint.config.pvm.layers) if checkpoint.config.pvm else [],
-            "dtype": dtype,
-            "data": options.data,
-            "answers": "written, greedy" if options.generate else "given, or written greedily where there is none",
-            "max_new_tokens": options.max_new_tokens,
-            "forced": options.forced,
-            "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-            "versions": versions(),
-        }
-        for one in group:
-            traces = list(_traces(one, model, sources))
-            runs.append(Run(one.name, about | {"pvm_silenced": one.silenced}, traces, _words(processor, traces)))
+    for one in plans:
+        traces = _traces(one, model, sources, together, maps=not options.no_maps)
+        runs.append(Run(one.name, about | {"pvm_silenced": one.silenced}, traces, _words(processor, traces)))
     return runs
 
 
-def _read(processor: Processor, where: str, row: dict[str, Any]) -> Source | None:
-    """The text of a row that has an answer; None if it has none.
+def _together(mesh: Mesh | None) -> int:
+    """How many texts at once."""
+    ways = ways_of(mesh)
+    return ways if ways > 1 else TOGETHER
+
+
+def _read(processor: Processor, where: str, row: dict[str, Any], generate: bool) -> Source | None:
+    """The text of a row that has an answer; None if one is to be written.
 
     Raises:
       AnalysisError: it cannot be encoded; file and row are named.
     """
-    if row["messages"][-1]["role"] != "assistant":
-        return None
     try:
-        return texts.read(processor, [row])[0]
+        if row["messages"][-1]["role"] == "assistant" and not generate:
+            return texts.read(processor, [row])[0]
+        processor.encode(texts.question(row), add_generation_prompt=True)  # what is wrong with it is said here
     except (DataError, AnalysisError) as error:
         raise AnalysisError(f"{where}: {error}") from None
+    return None
 
 
 def _written(
-    model: Qwen3VL, processor: Processor, where: str, row: dict[str, Any], options: argparse.Namespace
-) -> Source:
-    _say(f"{row['id']}: writing an answer")
-    try:
-        return texts.write(model, processor, [row], options.max_new_tokens, forced=options.forced, rows=1)[0]
-    except (DataError, AnalysisError) as error:
-        raise AnalysisError(f"{where}: {error}") from None
+    model: Qwen3VL,
+    processor: Processor,
+    rows: Sequence[dict[str, Any]],
+    together: int,
+    options: argparse.Namespace,
+) -> list[Source]:
+    for row in rows:
+        _say(f"{row['id']}: writing an answer")
+    return texts.write(model, processor, rows, options.max_new_tokens, forced=options.forced, rows=together)
 
 
-def _traces(one: Plan, model: Qwen3VL, sources: Sequence[Source]) -> Iterator[Trace]:
-    """One text after the other, since their lengths differ."""
-    for number, source in enumerate(sources, 1):
-        text = source.text
-        size = f"{len(text.columns)} tokens, {text.visual_tokens} visual tokens"
-        _say(f"{one.name}: {text.name}, {number} of {len(sources)}: {size}")
-        yield tracing.trace(model, [source], silence_pvm=one.silenced, rows=1)[0]
+def _traces(one: Plan, model: Qwen3VL, sources: Sequence[Source], together: int, maps: bool) -> list[Trace]:
+    """Texts of similar lengths together, since a group is padded to its longest."""
+    order = sorted(range(len(sources)), key=lambda place: len(sources[place].text.ids))
+    found: dict[int, Trace] = {}
+    for first in range(0, len(order), together):
+        group = order[first : first + together]
+        for place in group:
+            text = sources[place].text
+            size = f"{len(text.columns)} tokens, {text.visual_tokens} visual tokens"
+            _say(f"{one.name}: {text.name}, {place + 1} of {len(sources)}: {size}")
+        traces = tracing.trace(
+            model, [sources[place] for place in group], maps=maps, silence_pvm=one.silenced, rows=together
+        )
+        found |= dict(zip(group, traces))
+    return [found[place] for place in range(len(sources))]
 
 
 def _words(processor: Processor, traces: Sequence[Trace]) -> dict[int, str]:
@@ -240,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {message or error}", file=sys.stderr)
         return 1
     print(measures.as_text(measures.table(runs)))
-    for note in dict.fromkeys(note for run in runs for trace in run.traces for note in trace.notes):
+    notes = [note for i in range(len(rows)) for note in measures.caveats(runs, i)]
+    for note in dict.fromkeys([*notes, *(note for run in runs for trace in run.traces for note in trace.notes)]):
         print(f"note: {note}")
     print(f"\nwritten to {options.out}: {', '.join(written)}")
     return 0

@@ -47,7 +47,8 @@ function extent(arrays, log) {
 /**
  * A card with curves over the tokens, whose `mark` shows a token in it.
  * spec: title, words (what the axes are), log: [x, y], zero: the y axis begins at 0,
- *   lines: [{run, label, x, values, dash}], fits: [{run, exponent, scale, first, last}], level: a horizontal line,
+ *   lines: [{run, label, x, values, dash}], fits: [{run, exponent, scale, first, last}],
+ *   levels: [{x, values, label}] to compare with, of which the first is named,
  *   why: sentences below.
  */
 function chart(spec) {
@@ -57,7 +58,8 @@ function chart(spec) {
   const width = around(spec.lines);
   const thick = spec.fits?.length ? "Dashed: the power law." : width > 1 ? `Thick: mean of ${width} tokens.` : "";
   const below = [...spec.why, thick].filter(Boolean).map((sentence) => el("p", { class: "why" }, sentence));
-  const ys = extent([...spec.lines.map((line) => line.values), spec.level ? [spec.level.value] : []], spec.log[1]);
+  const levels = spec.levels ?? [];
+  const ys = extent([...spec.lines, ...levels].map((line) => line.values), spec.log[1]);
   if (!ys) {
     card.append(el("p", { class: "soft" }, "There is nothing that could be drawn."), ...below);
     return { card, mark() {} };
@@ -73,17 +75,17 @@ function chart(spec) {
       opacity: faint ? 0.4 : 1, d: path(line, x, y, spec.log) }));
   }
   drawing.append(...(spec.fits?.length ? fitted(spec.fits, x, y) : smoothed(spec.lines, x, y, spec.log)));
-  if (spec.level) {
-    const at = y.place(spec.level.value);
-    drawing.append(svg("line", { x1: LEFT, x2: WIDE - RIGHT, y1: at, y2: at, stroke: "var(--soft)", "stroke-dasharray": "2 4" }),
-      svg("text", { x: LEFT + 6, y: at + 14 }, spec.level.label));
-  }
+  levels.forEach((level, i) => {
+    drawing.append(svg("path", { class: "level", d: path(level, x, y, spec.log) }));
+    if (!i) drawing.append(svg("text", { x: LEFT + 6, y: y.place(Math.max(...level.values)) + 14 }, level.label));
+  });
   const marker = svg("line", { class: "marker", y1: TOP, y2: HIGH - BOTTOM });
   const knobs = spec.lines.map((line) => svg("circle", { class: "knob", r: 4.5, "--run": color(line.run) }));
   drawing.append(marker, ...knobs);
-  follow(drawing, (event, area) => nearest(spec.lines[0].x, (event.clientX - area.left) / area.width * WIDE, x.place));
+  const widest = spec.lines.reduce((most, line) => line.x.length > most.x.length ? line : most);
+  follow(drawing, (event, area) => nearest(widest.x, (event.clientX - area.left) / area.width * WIDE, x.place));
   card.append(drawing, ...below);
-  return { card, mark: (t) => markChart(spec, t, { x, y, marker, knobs, now }) };
+  return { card, mark: (t) => markChart(spec, t, { x, y, marker, knobs, now, widest }) };
 }
 
 function fitted(fits, x, y) {
@@ -116,11 +118,11 @@ function smoothed(found, x, y, log) {
   });
 }
 
-function markChart(spec, t, { x, y, marker, knobs, now }) {
+function markChart(spec, t, { x, y, marker, knobs, now, widest }) {
   spec.lines.forEach((line, i) => {
     const at = Math.min(t, line.values.length - 1);
     const [left, value] = [x.place(line.x[at]), line.values[at]];
-    if (!i) for (const end of ["x1", "x2"]) marker.setAttribute(end, left);
+    if (line === widest) for (const end of ["x1", "x2"]) marker.setAttribute(end, left);
     const drawn = Number.isFinite(value) && (!spec.log[1] || value > 0);
     knobs[i].setAttribute("visibility", drawn ? "visible" : "hidden");
     knobs[i].setAttribute("cx", left);
@@ -280,6 +282,13 @@ function tvrChart(runs, chosen) {
     lines: lines(runs, (run) => [{ label: "", values: shown(run).values }], (run) => run.before) });
 }
 
+/** Curves of a retrieval that prefers nothing, those that differ: images have sizes, and a causal memory grows. */
+function uniforms(runs) {
+  const found = new Map(runs.filter((run) => run.paints.focus).map((run) => [run.uniform.join(), run]));
+  return Array.from(found.values(), (run) =>
+    ({ x: positions(run), values: run.uniform, label: "uniform over all it may retrieve from" }));
+}
+
 function drawCharts(runs) {
   const made = [];
   const there = runs.filter(Boolean);
@@ -290,11 +299,10 @@ function drawCharts(runs) {
   byId("layer-label").hidden = !looks;
   if (looks) made.push(massChart(runs, chosen), tvrChart(runs, chosen));
   if (there.some((run) => run.ratio.length)) {
-    const uniform = there.find((run) => run.entropy.length)?.uniform;
-    if (uniform) {
+    const levels = uniforms(there);
+    if (levels.length) {
       made.push(chart({ title: "Entropy of PVM's retrieval, in nats, mean over heads", words: "token of the answer",
-        log: [false, false], zero: true, why: [], level: { value: uniform, label: "uniform over the image: log M" },
-        lines: lines(runs, (run) => run.entropy) }));
+        log: [false, false], zero: true, why: [], levels, lines: lines(runs, (run) => run.entropy) }));
     }
     made.push(chart({ title: "PVM's contribution: |gate · branch| / |FFN's output|", words: "token of the answer",
       log: [false, false], zero: true, why: [], lines: lines(runs, (run) => run.ratio) }));

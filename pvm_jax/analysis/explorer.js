@@ -4,6 +4,9 @@
 const DATA = JSON.parse(byId("data").textContent);
 const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 const floats = (text) => new Float32Array(bytes(text).buffer);
+/** Numbers in 16 bits, six of them the exponent's, as page.py's `_halves` writes them. */
+const halves = (text) => Float32Array.from(new Uint16Array(bytes(text).buffer), (code) => code === 0xffff ? NaN :
+  code === 0xfffe ? Infinity : code && 2 ** ((code >> 10) - 40) * (1 + (code & 1023) / 1024));
 const color = (run) => `var(--run${run % 6})`;
 const dot = (run) => el("span", { class: "dot", "--run": color(run) });
 const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
@@ -15,25 +18,33 @@ function digits(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-/** Base64 becomes arrays when a sample is opened, once. */
-function unpack(run) {
+/** Base64 becomes arrays when a sample is opened, once; pictures of a run are images of the sample with its own grid. */
+function unpack(run, images) {
   if (!run || run.ready) return run;
-  const lines = (list) => list.map((line) => ({ ...line, values: floats(line.values) }));
+  const lines = (list) => list.map((line) =>
+    ({ ...line, values: line.halves === undefined ? floats(line.values) : halves(line.halves) }));
+  const last = run.tokens.length - 1;
+  run.pictures = run.pictures.map((picture) => ({ ...images[picture.image], ...picture }));
+  run.places = Array.from({ length: Math.ceil(last / run.every) + 1 }, (_, i) => Math.min(i * run.every, last));
   run.before = floats(run.before);
+  run.uniform = floats(run.uniform);
   run.mass = lines(run.mass);
   for (const name of ["tvr", "entropy", "ratio"]) run[name] = lines(run[name]);
   for (const map of run.maps) {
     Object.assign(map, { data: bytes(map.data), scale: floats(map.scale), sums: floats(map.sums) });
   }
   if (run.lens) {
-    for (const name of ["probability", "rank", "kl", "token", "settled"]) run.lens[name] = floats(run.lens[name]);
+    for (const name of ["probability", "rank", "kl"]) run.lens[name] = halves(run.lens[name]);
+    const places = bytes(run.lens.token);
+    const Places = places.length === 2 * run.lens.rank.length ? Uint16Array : Uint32Array;
+    Object.assign(run.lens, { token: new Places(places.buffer), settled: floats(run.lens.settled) });
   }
   run.paints = {};
   if (run.mass.length) run.paints.mass = run.mass[0].values;
   if (run.ratio.length) run.paints.ratio = mean(run.ratio.map((line) => line.values));
-  if (run.entropy.length) {
-    const least = mean(run.entropy.map((line) => line.values));
-    run.paints.focus = least.map((value) => clamp(1 - value / run.uniform, 0, 1));
+  if (run.uniform.some((most) => most > 0)) {
+    const found = mean(run.entropy.map((line) => line.values));
+    run.paints.focus = found.map((value, j) => run.uniform[j] > 0 ? clamp(1 - value / run.uniform[j], 0, 1) : NaN);
   }
   run.ready = true;
   return run;
@@ -44,7 +55,7 @@ const mean = (arrays) => arrays[0].map((_, j) => arrays.reduce((sum, array) => s
 const PAINTS = {
   mass: "attention on the image, Ω_V",
   ratio: "PVM's contribution, relative to the FFN's",
-  focus: "PVM's focus, 1 − entropy / log M",
+  focus: "PVM's focus, 1 − entropy / uniform",
 };
 const state = { sample: 0, at: 0, held: false, sources: [], paint: "mass", scale: "token", overlay: true, marks: [] };
 
@@ -62,8 +73,8 @@ function heat(value) {
   return `rgba(${mixed.slice(1, 4).map(Math.round).join(",")},${mixed[4].toFixed(3)})`;
 }
 
-/** The value at visual token m for answer token t: maps are stored as 255ths of each token's maximum. */
-const cellValue = (run, map, t, m) => map.data[t * run.visual + m] / 255 * map.scale[t];
+/** The value at visual token m in a row of a map, which is stored as 255ths of the row's maximum. */
+const cellValue = (run, map, row, m) => map.data[row * run.visual + m] / 255 * map.scale[row];
 
 /** Row and column of a visual token in its picture, from 0. */
 function placeOf(picture, m) {
@@ -77,17 +88,17 @@ const placeWords = (picture, m) => {
 };
 
 /** What the brightest colour stands for. */
-function brightest(map, t) {
-  if (state.scale === "token") return map.scale[t];
+function brightest(map, row) {
+  if (state.scale === "token") return map.scale[row];
   return (map.largest ??= map.scale.reduce((a, b) => Math.max(a, b), 0));
 }
 
 /** One run's side of the explorer; its methods redraw what depends on the token. */
 class Panel {
-  constructor(index, run, sample, alone) {
-    Object.assign(this, { index, run, sample, cell: -1 });
+  constructor(index, run, alone) {
+    Object.assign(this, { index, run, cell: -1 });
     const name = DATA.names[index];
-    this.node = el("section", { class: `card run${alone && sample.pictures.length ? " alone" : ""}`,
+    this.node = el("section", { class: `card run${alone && run?.pictures.length ? " alone" : ""}`,
       "--run": color(index), "aria-label": name });
     const head = el("div", { class: "head" }, el("strong", {}, dot(index), name));
     this.node.append(head);
@@ -96,34 +107,37 @@ class Panel {
       return;
     }
     this.numbers = el("dl", { class: "numbers" });
-    if (sample.pictures.length) this.node.append(this.views(head));
+    if (run.pictures.length) this.node.append(this.views(head));
     this.node.append(this.words());
   }
 
   views(head) {
-    const { run, sample } = this;
+    const { run } = this;
+    this.pictures = run.pictures.map((picture) => this.view(picture));
+    const pictures = el("div", { class: "pictures" }, this.pictures.map((view) => view.figure));
+    if (!run.maps.length) return el("div", { class: "views" }, pictures, el("div", { class: "side" }, this.numbers));
     this.source = el("select", { class: "source", onchange: () => { this.choose(this.source.value); } });
     head.append(el("label", {}, "Map ", this.source));
     fill(this.source, run.maps.map((map) => [map.key, map.label]), run.maps[0]?.key);
-    this.pictures = sample.pictures.map((picture) => this.view(picture));
     this.low = el("span", {}, "0");
     this.high = el("span", { class: "high" });
     const ramp = el("span", { class: "ramp", role: "img", "aria-label": "colours of the map, from 0 to the maximum" });
     const stops = RAMP.map(([at, r, g, b]) => `rgb(${r},${g},${b}) ${100 * at}%`);
     ramp.style.background = `linear-gradient(90deg, ${stops.join(",")})`;
     this.readout = el("p", { class: "cell", "aria-live": "polite" });
+    this.whose = el("p", { class: "soft whose" });
     const wanted = state.sources[this.index] ?? run.maps[0]?.key;
     this.map = run.maps.find((map) => map.key === wanted) ?? run.maps[0];
-    if (this.map) this.source.value = this.map.key;
-    return el("div", { class: "views" }, el("div", { class: "pictures" }, this.pictures.map((view) => view.figure)),
-      el("div", { class: "side" }, el("div", { class: "key" }, this.low, ramp, this.high), this.readout, this.numbers));
+    this.source.value = this.map.key;
+    const key = el("div", { class: "key" }, this.low, ramp, this.high);
+    return el("div", { class: "views" }, pictures, el("div", { class: "side" }, key, this.whose, this.readout, this.numbers));
   }
 
   view(picture) {
-    const canvas = el("canvas", { tabindex: "0", role: "img" });
+    const canvas = el("canvas", { tabindex: "0", role: "img", "aria-label": picture.label });
     const unit = clamp(Math.floor(900 / Math.max(picture.rows, picture.columns)), 6, 40);
     Object.assign(canvas, { width: unit * picture.columns, height: unit * picture.rows });
-    const { length } = this.sample.pictures;
+    const { length } = this.run.pictures;
     const side = length === 1 ? (DATA.names.length > 1 ? 330 : 440) : length < 5 ? 220 : 150;
     const wide = side * clamp(Math.sqrt(picture.width / picture.height), 0.6, 1.2);
     const caption = el("figcaption");
@@ -183,7 +197,7 @@ class Panel {
     });
     this.text.addEventListener("click", (event) => { if (at(event) !== undefined) hold(Number(at(event))); });
     this.paintKey = el("p", { class: "paint" });
-    return el("div", {}, this.text, this.paintKey, this.sample.pictures.length ? null : this.numbers);
+    return el("div", {}, this.text, this.paintKey, run.pictures.length ? null : this.numbers);
   }
 
   /** The colour of the text; runs that have the measure share one scale, so that they compare. */
@@ -191,7 +205,7 @@ class Panel {
     if (!this.run) return;
     const values = this.run.paints[state.paint];
     this.tokens.forEach((token, j) => {
-      const share = values && largest > 0 ? clamp(values[j] / largest, 0, 1) : 0;
+      const share = largest > 0 && Number.isFinite(values?.[j]) ? clamp(values[j] / largest, 0, 1) : 0;
       token.style.setProperty("--much", `${Math.round(45 * share)}%`);
     });
     this.paintKey.replaceChildren(...(values ? [`${PAINTS[state.paint]}: 0`, el("span", { class: "bar" }),
@@ -202,6 +216,7 @@ class Panel {
     if (!this.run) return;
     const { run } = this;
     this.t = clamp(state.at, 0, run.tokens.length - 1);
+    this.row = nearest(run.places, this.t, (place) => place);
     this.text.querySelector(".now")?.classList.remove("now");
     this.text.querySelector("[aria-selected=true]")?.removeAttribute("aria-selected");
     const token = this.tokens[this.t];
@@ -216,7 +231,7 @@ class Panel {
     const facts = [["token", JSON.stringify(visible(run.tokens[this.t]))]];
     if (run.mass.length) facts.push(["Ω_V", digits(run.paints.mass[this.t])]);
     if (run.ratio.length) facts.push(["PVM / FFN", digits(run.paints.ratio[this.t])]);
-    if (run.entropy.length) facts.push(["PVM's focus", digits(run.paints.focus[this.t])]);
+    if (run.paints.focus) facts.push(["PVM's focus", digits(run.paints.focus[this.t])]);
     if (run.lens) facts.push(["settles in layer", String(run.lens.settled[this.t])]);
     this.numbers.replaceChildren(...facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value))));
     this.drawMap();
@@ -224,8 +239,9 @@ class Panel {
 
   drawMap() {
     if (!this.map) return;
-    const { run, map, t } = this;
-    const most = brightest(map, t);
+    const { run, map, row } = this;
+    const most = brightest(map, row);
+    this.whose.textContent = run.places[row] === this.t ? "" : `The map is that of token ${run.places[row] + 1}.`;
     for (const view of this.pictures) this.drawView(view, most);
     this.high.textContent = `${digits(most)} ${map.unit}`;
     const view = this.pictures.find((one) => this.inside(one));
@@ -233,13 +249,13 @@ class Panel {
   }
 
   drawView({ picture, canvas, unit, caption }, most) {
-    const { run, map, t } = this;
+    const { run, map, row: mapped } = this;
     const pen = canvas.getContext("2d");
     pen.clearRect(0, 0, canvas.width, canvas.height);
     let best = picture.start;
     for (let m = picture.start; m < picture.start + picture.rows * picture.columns; m++) {
-      const value = cellValue(run, map, t, m);
-      if (value > cellValue(run, map, t, best)) best = m;
+      const value = cellValue(run, map, mapped, m);
+      if (value > cellValue(run, map, mapped, best)) best = m;
       if (!state.overlay) continue;
       const [row, column] = placeOf(picture, m);
       pen.fillStyle = heat(most > 0 ? clamp(value / most, 0, 1) : 0);
@@ -251,20 +267,20 @@ class Panel {
       pen.lineWidth = wide;
       pen.strokeRect(column * unit + wide / 2, row * unit + wide / 2, unit - wide, unit - wide);
     };
-    if (state.overlay && map.scale[t] > 0 && cellValue(run, map, t, best) === map.scale[t]) ring(best, "#ffffff", 2.5);
+    const first = map.scale[mapped] > 0 && cellValue(run, map, mapped, best) === map.scale[mapped];
+    if (state.overlay && first) ring(best, "#ffffff", 2.5);
     if (this.inside({ picture })) {
       ring(this.cell, "#000000", 3);
       ring(this.cell, "#4db3ec", 2);
     }
-    const { pictures } = this.sample;
-    const sum = digits(map.sums[t * pictures.length + pictures.indexOf(picture)]);
+    const sum = digits(map.sums[mapped * run.pictures.length + run.pictures.indexOf(picture)]);
     caption.textContent = `${picture.label} · ${sum} ${map.unit}`;
-    canvas.setAttribute("aria-label", `${picture.label}, ${map.label}, token ${t + 1}: ${sum} in all, most in ` +
+    canvas.setAttribute("aria-label", `${picture.label}, ${map.label}, token ${run.places[mapped] + 1}: ${sum} in all, most in ` +
       placeWords(picture, best));
   }
 
   describe({ picture }) {
-    const value = digits(cellValue(this.run, this.map, this.t, this.cell));
+    const value = digits(cellValue(this.run, this.map, this.row, this.cell));
     return `${picture.label}, ${placeWords(picture, this.cell)}: ${value} ${this.map.unit}`;
   }
 }
@@ -300,16 +316,17 @@ function open(index) {
   state.held = false;
   byId("runs").classList.remove("held");
   const sample = DATA.samples[index];
-  const runs = sample.runs.map(unpack);
+  const runs = sample.runs.map((run) => unpack(run, sample.images));
   longest = Math.max(1, ...runs.map((run) => run?.tokens.length ?? 0));
-  byId("question").textContent = visible(sample.question);
-  panels = runs.map((run, i) => new Panel(i, run, sample, runs.length === 1));
+  byId("question").textContent = sample.questions.map(({ runs: names, text }) =>
+    visible(names ? `${names}: ${text}` : text)).join("\n\n");
+  panels = runs.map((run, i) => new Panel(i, run, runs.length === 1));
   byId("runs").replaceChildren(...panels.map((panel) => panel.node));
   const paints = Object.entries(PAINTS).filter(([key]) => runs.some((run) => run?.paints[key]));
   if (!paints.some(([key]) => key === state.paint)) state.paint = paints[0]?.[0] ?? "none";
   fill(byId("paint"), [...paints, ["none", "none"]], state.paint);
   byId("sample").value = index;
-  for (const id of ["scale", "overlay"]) byId(id).closest("label").hidden = !sample.pictures.length;
+  for (const id of ["scale", "overlay"]) byId(id).closest("label").hidden = !runs.some((run) => run?.maps.length);
   const notes = [...DATA.notes, ...sample.notes];
   byId("notes").replaceChildren(...notes.map((note) => el("p", { class: "note" }, note)));
   paint();

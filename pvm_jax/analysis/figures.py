@@ -1,5 +1,6 @@
 """The curves of all texts as PNGs: dilution, PVM's part, and the logit lens over the layers."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,17 @@ import numpy as np
 
 from pvm_jax.analysis import measures
 from pvm_jax.analysis.measures import Line, Run
-from pvm_jax.analysis.results import Trace
+from pvm_jax.analysis.results import AnalysisError, Trace
 from pvm_jax.evals.compare import COLORS
 
 STYLES = ("-", "--", ":", "-.")
 """Of the layers of one run."""
+
+
+def check() -> None:
+    """Raises AnalysisError where plots cannot be drawn; for before anything that takes long."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise AnalysisError("the plots need matplotlib, which is not installed; pip install -e '.[demo]'")
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -42,7 +49,7 @@ def _figure(file: Path, panels: Sequence[Callable[[Any, Sequence[Run]], None]], 
         one.spines[["top", "right"]].set_visible(False)
         one.tick_params(labelsize=8, which="both")
     shown = {line.get_color() for one in axes[0] for line in one.get_lines()}
-    names = [(_plain(run.name), color) for run, color in _coloured(runs) if color in shown]
+    names = [(plain(run.name), color) for run, color in _coloured(runs) if color in shown]
     handles = [pyplot.Line2D([], [], color=color, label=name) for name, color in names]
     figure.legend(handles=handles, frameon=False, loc="lower center", ncols=len(handles), fontsize=9)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
@@ -55,7 +62,7 @@ def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     return [(run, COLORS[i % len(COLORS)]) for i, run in enumerate(runs)]
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A dollar sign would begin a formula."""
     return text.replace("$", r"\$")
 
@@ -110,9 +117,9 @@ def _tvr(axes: Any, runs: Sequence[Run]) -> None:
 
 def _entropy(axes: Any, runs: Sequence[Run]) -> None:
     _by_layer(axes, runs, measures.entropy)
-    uniform = {measures.uniform(trace) for run in runs for trace in _there(run) if measures.entropy(trace)}
-    for value in uniform:
-        axes.axhline(value, color="#999999", linestyle=":", linewidth=1)
+    uniform = [measures.uniform(trace) for run in runs for trace in _there(run) if measures.entropy(trace)]
+    for values in {most.tobytes(): most for most in uniform}.values():
+        axes.plot(np.arange(1, len(values) + 1), values, ":", color="#999999", linewidth=1)
     axes.set_ylim(bottom=0)
     _label(axes, "entropy of PVM's retrieval (nats; dotted: uniform)", "token of the answer")
 

@@ -41,6 +41,7 @@ def as_json(runs: Sequence[Run], about: str) -> dict[str, Any]:
     """The content of analysis.json; what is infinite or undefined is null."""
     return {
         "about": about,
+        "caveats": [note for i in range(len(runs[0].traces)) for note in measures.caveats(runs, i)],
         "table": {"header": list(measures.HEADER), "rows": measures.table(runs)},
         "runs": [
             {
@@ -76,6 +77,7 @@ def _sample(trace: Trace) -> dict[str, Any]:
         "tvr": _lines(measures.tvr(trace)),
         "pvm_entropy": _lines(measures.entropy(trace)),
         "pvm_ratio": _lines(measures.ratio(trace)),
+        "pvm_choices": _list(trace.dilution.pvm_choices),
         "lens": None if trace.lens is None else {name: _list(getattr(trace.lens, name)) for name in LENS},
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
+from pvm_jax.analysis import dilution
 from pvm_jax.analysis.results import PowerLaw, Trace
 
 SHARE = 0.1
@@ -73,8 +74,7 @@ def tvr(trace: Trace) -> list[Line]:
 
 def entropy(trace: Trace) -> list[Line]:
     """Of PVM's retrieval in nats, by PVM layer, mean over its heads; empty where it retrieves from no image."""
-    from_slots = trace.maps is not None and trace.maps.retrieval is None
-    if trace.dilution.pvm_entropy is None or trace.pvm_silenced or from_slots or not looks(trace):
+    if trace.dilution.pvm_choices is None or trace.pvm_silenced or not looks(trace):
         return []
     by_layer = zip(trace.pvm_layers, trace.dilution.pvm_entropy)
     return [Line(f"layer {layer}", values.mean(0)) for layer, values in by_layer]
@@ -87,9 +87,16 @@ def ratio(trace: Trace) -> list[Line]:
     return [Line(f"layer {layer}", values) for layer, values in zip(trace.pvm_layers, trace.dilution.pvm_ratio)]
 
 
-def uniform(trace: Trace) -> float:
-    """Entropy of a retrieval that prefers nothing, in nats."""
-    return float(np.log(max(trace.text.visual_tokens, 1)))
+def uniform(trace: Trace) -> Float32[np.ndarray, " T"]:
+    """Entropy in nats of a retrieval that prefers nothing of what it may retrieve from; 0 where that is one or none."""
+    return np.log(np.maximum(trace.dilution.pvm_choices, 1)).astype(np.float32)
+
+
+def entropy_share(trace: Trace) -> Float32[np.ndarray, " T"]:
+    """Entropy of PVM's retrieval, mean of its layers, over the uniform one; NaN where there is nothing to choose."""
+    most = uniform(trace)
+    mean = np.mean([line.values for line in entropy(trace)], axis=0)
+    return np.divide(mean, most, out=np.full_like(most, np.nan), where=most > 0)
 
 
 def settled_by_layer(run: Run) -> Float[np.ndarray, " L"] | None:
@@ -122,7 +129,9 @@ def numbers(trace: Trace) -> dict[str, Any]:
     found["no_fit"] = trace.dilution.no_fit
     for name, lines in (("entropy", entropy(trace)), ("ratio", ratio(trace))):
         found[f"pvm_{name}"] = float(np.mean([line.values for line in lines])) if lines else None
-    found["uniform_entropy"] = uniform(trace) if looks(trace) else None
+    share = entropy_share(trace) if entropy(trace) else np.array([])
+    share = share[np.isfinite(share)]
+    found["pvm_entropy_share"] = float(share.mean()) if len(share) else None
     found["settled"] = None if trace.lens is None else float(trace.lens.settled.mean())
     found["layers"] = len(trace.dilution.visual_mass)
     return found
@@ -135,10 +144,24 @@ HEADER = (
     "last tenth",
     "Ω_V ∝ t^a: a (95 %)",
     "TVR, last tenth",
-    "PVM entropy / log M",
+    "PVM entropy / uniform",
     "PVM / FFN",
     "settles in layer",
 )
+
+
+def caveats(runs: Sequence[Run], sample: int) -> list[str]:
+    """Sentences about what keeps the runs of a sample from being compared."""
+    traces = [(run.name, run.traces[sample]) for run in runs]
+    sizes = {name: trace.text.visual_tokens for name, trace in traces if trace is not None}
+    if len(set(sizes.values())) < 2:
+        return []
+    text = next(trace.text.name for _, trace in traces if trace is not None)
+    said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+    return [
+        f"{text}: the runs have different numbers of visual tokens ({said}), so that their Ω_V and TVR do not compare; "
+        "give all of them the same --min_pixels and --max_pixels."
+    ]
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
@@ -151,7 +174,7 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
         values = [n[key] for n in found if n[key] is not None]
         return short(float(np.mean(values))) if values else "-"
 
-    focus = [n["pvm_entropy"] / n["uniform_entropy"] for n in found if n["pvm_entropy"] and n["uniform_entropy"]]
+    share = [n["pvm_entropy_share"] for n in found if n["pvm_entropy_share"] is not None]
     settled = [n["settled"] for n in found if n["settled"] is not None]
     tokens = str(sum(n["tokens"] for n in found)) + (f" in {len(found)} texts" if len(found) > 1 else "")
     return [
@@ -161,20 +184,20 @@ def _row(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
         mean("mass_last"),
         _exponent([n["fit"] for n in found if n["fit"]]),
         mean("tvr_last"),
-        f"{np.mean(focus):.2f}" if focus else "-",
+        f"{np.mean(share):.2f}" if share else "-",
         mean("pvm_ratio"),
         f"{np.mean(settled):.1f} of {found[0]['layers'] - 1}" if settled else "-",
     ]
 
 
 def _exponent(fits: Sequence[Mapping[str, float]]) -> str:
-    """One text's with its interval; of several the mean and the range."""
+    """One text's with the interval of its fit; of several the mean with Student's interval over the texts."""
     if not fits:
         return "-"
     if len(fits) == 1:
         return f"{fits[0]['exponent']:.2f} ({fits[0]['low']:.2f} to {fits[0]['high']:.2f})"
-    found = [fit["exponent"] for fit in fits]
-    return f"{np.mean(found):.2f} ({min(found):.2f} to {max(found):.2f} in {len(found)} texts)"
+    found = dilution.mean([fit["exponent"] for fit in fits])
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f} over {found.count} texts)"
 
 
 def short(value: float) -> str:

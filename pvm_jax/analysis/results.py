@@ -117,6 +117,8 @@ class Dilution:
       pvm_entropy: of each PVM head's weights over what it may retrieve from, in nats; 0 where that is nothing. None
         without PVM, as the next one.
       pvm_ratio: |gate * branch| / |FFN's output| at each PVM layer, Euclidean norms.
+      pvm_choices: how many visual tokens PVM may retrieve from: with a causal memory those of images before the token.
+        None without PVM, and where its memory is learned slots instead of the image.
     """
 
     visual_mass: Float32[np.ndarray, "L N T"]
@@ -126,6 +128,7 @@ class Dilution:
     no_fit: str | None
     pvm_entropy: Float32[np.ndarray, "P R T"] | None
     pvm_ratio: Float32[np.ndarray, "P T"] | None
+    pvm_choices: Int32[np.ndarray, " T"] | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,9 @@ from pvm_jax.decoding import complete
 from pvm_jax.generate import encode, make_batch
 from pvm_jax.models.qwen3_vl import Qwen3VL
 
+LONGEST = 4
+"""Bytes of a character, and so the tokens that it may take."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -53,7 +56,7 @@ def write(
     Raises:
       GenerationError, DataError: see `pvm_jax.generate`.
     """
-    questions = [_question(sample) for sample in _named(samples)]
+    questions = [question(sample) for sample in _named(samples)]
     stops = tuple(processor.eos_token_ids)
     banned = [*processor.banned_token_ids.tolist(), *(stops if forced else ())]
     written: list[Source] = []
@@ -78,7 +81,8 @@ def _named(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"id": str(i + 1), **sample}
 
 
-def _question(sample: Mapping[str, Any]) -> dict[str, Any]:
+def question(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation up to the answer that is to be written."""
     messages = list(sample["messages"])
     return {**sample, "messages": messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages}
 
@@ -112,17 +116,30 @@ def pieces(processor: Processor, ids: Sequence[int] | np.ndarray) -> tuple[str, 
     that complete it:
 
         "n", "\\xc3", "\\xb6"  ->  "n", "", "ö"
+
+    No character has more than four bytes: what waits longer has a character that is done, or a U+FFFD that the text
+    really has, and leaves as soon as the rest means the same without it.
     """
+
+    def text_of(tokens: Sequence[int]) -> str:
+        return processor.decode(tokens, skip_special_tokens=False)
+
     done: list[str] = []
     waiting: list[int] = []
     for token in ids:
         waiting.append(int(token))
-        text = processor.decode(waiting, skip_special_tokens=False)
-        if text.endswith("\ufffd"):
-            done.append("")
-        else:
-            done.append(text)
-            waiting = []
+        done.append("")
+        text = text_of(waiting)
+        if not text.endswith("\ufffd"):
+            done[-1], waiting = text, []
+        elif len(waiting) >= LONGEST:
+            cuts = range(1, len(waiting))
+            count = next((k for k in cuts if text_of(waiting[:k]) + text_of(waiting[k:]) == text), 0)
+            if count == 0 and len(waiting) == 2 * LONGEST:  # bytes of nothing
+                count = len(waiting)
+            if count:
+                done[len(done) - len(waiting) + count - 1] = text_of(waiting[:count])
+                waiting = waiting[count:]
     if waiting:
-        done[-1] = processor.decode(waiting, skip_special_tokens=False)
+        done[-1] = text_of(waiting)
     return tuple(done)

@@ -165,6 +165,7 @@ def _watch_layer(
     if memory is not None:
         weights = attention_weights(seen["memory_queries"], memory[0], ctx.memory_mask)
         kept |= dilution.pvm_measures(weights, seen["retrieved"], seen["ffn"])
+        kept["pvm_choices"] = ctx.memory_mask.sum(axis=-1, dtype=jnp.int32)
         if wanted.maps and not layer.pvm_block.has_slots:
             kept["retrieval"] = weights
     return carry, kept
