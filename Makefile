@@ -3,10 +3,14 @@ PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 2
 
-.PHONY: test lint demo demo-grpo base bench clean
+.PHONY: test test-benchmarks lint demo demo-grpo base bench clean
 
 test: .venv/.test lint
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --ignore=tests/test_benchmarks.py
+
+# Whether the benchmarks run, on tiny problems.
+test-benchmarks: .venv/.test
+	$(PY) -m pytest -n $(WORKERS) tests/test_benchmarks.py
 
 lint: .venv/.test
 	.venv/bin/ruff format --check .

@@ -5,6 +5,7 @@ XLA's compiled programs are kept in a folder outside the repository, so that wor
 later runs share them.
 """
 
+import gc
 import os
 import shutil
 import tempfile
@@ -24,10 +25,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch; the models are too small for more threads to help
 
+# Traced programs are millions of small objects that live on, and Python would look through them again and again.
+gc.set_threshold(100_000, 50, 20)
+
 install_import_hook("pvm_jax", "beartype.beartype")
 
 # Files that take longest; of the others each takes less than a minute.
-LONG = ("grpo", "train", "evals", "generate", "multihost", "benchmarks", "plan_grpo", "digits", "plan", "convert")
+LONG = ("grpo", "train", "evals", "generate", "multihost", "lora", "plan_grpo", "digits", "plan", "convert")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
 
 from pvm_jax import convert
 from pvm_jax.analysis import ablation
@@ -305,7 +306,7 @@ def test_a_row_by_the_real_commands(tmp_path, monkeypatch):
     digits.prepare(tmp_path / "data", "demo")
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("XLA_FLAGS", tiny.devices(1)["XLA_FLAGS"])
     out = tmp_path / "grid.json"
     ablation.main(["--rows=pvm_shift", "--seeds=1", "--smoke", f"--data={tmp_path / 'data'}", f"--out={out}",
                    f"--runs={tmp_path / 'runs'}"])  # fmt: skip

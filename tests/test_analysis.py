@@ -257,6 +257,12 @@ def logits(model, batch):
     return model.logits(model(batch))
 
 
+def assert_rank(rank, p, of) -> None:
+    """`of` [...] has this rank among `p` [..., V]; tokens as probable but for rounding may stand on either side."""
+    above, beside = ((p > of[..., None] * factor).sum(axis=-1) for factor in (1 + CLOSE, 1 - CLOSE))
+    assert ((above + 1 <= rank) & (rank <= beside)).all()
+
+
 def test_the_last_layer_of_the_lens_is_the_model(model, processor, traces):
     batch = processor(list(SAMPLES.values()))
     distribution = np.asarray(jax.nn.softmax(logits(model, batch)))
@@ -267,7 +273,7 @@ def test_the_last_layer_of_the_lens_is_the_model(model, processor, traces):
         np.testing.assert_array_equal(got.lens.token[-1], p.argmax(axis=1))
         np.testing.assert_allclose(got.lens.probability[-1], p.max(axis=1), atol=CLOSE, rtol=0)
         np.testing.assert_allclose(got.lens.given_probability[-1], p[each, given], atol=CLOSE, rtol=0)
-        np.testing.assert_array_equal(got.lens.given_rank[-1], 1 + (p > p[each, given][:, None]).sum(axis=1))
+        assert_rank(got.lens.given_rank[-1], p, p[each, given])
         assert (got.lens.rank[-1] == 1).all() and np.abs(got.lens.kl[-1]).max() < CLOSE
 
 
@@ -282,7 +288,7 @@ def test_every_layer_of_the_lens(traces, expected, oracle_model, name):
     of_token = log_p.gather(-1, token.expand(len(log_p), -1)[..., None])
     np.testing.assert_allclose(got.lens.probability, of_token[..., 0].exp(), atol=CLOSE, rtol=0)
     np.testing.assert_allclose(got.lens.kl, (final.exp() * (final - log_p)).sum(-1), atol=1e-4, rtol=0)
-    np.testing.assert_array_equal(got.lens.rank, 1 + (log_p > of_token).sum(-1))
+    assert_rank(got.lens.rank, log_p.exp().numpy(), of_token[..., 0].exp().numpy())
     np.testing.assert_array_equal(got.lens.token, log_p.argmax(-1))
     for j, layer in enumerate(got.lens.settled):
         assert (got.lens.token[layer:, j] == got.lens.predicted[j]).all()
@@ -303,7 +309,9 @@ def assert_same(a, b, atol=CLOSE) -> None:
         ours, theirs = getattr(a, part), getattr(b, part)
         for field in dataclasses.fields(ours):
             x, y = getattr(ours, field.name), getattr(theirs, field.name)
-            if isinstance(x, np.ndarray):
+            if field.name in ("rank", "given_rank"):  # of tokens as probable as each other, rounding decides
+                assert np.abs(x - y).max() <= 1 and (x != y).mean() < 0.05
+            elif isinstance(x, np.ndarray):
                 np.testing.assert_allclose(x, y, atol=atol, rtol=CLOSE, err_msg=f"{part}.{field.name}")
 
 

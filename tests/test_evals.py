@@ -110,9 +110,10 @@ def test_scorer_marks_the_tokens_that_greedy_decoding_would_choose(model_dir, pr
     scorer = scoring.make_scorer(model, chunk=7)
     columns = np.flatnonzero(batch.loss_weights[0] > 0)
     tokens = batch.tokens.copy()
+    forward = tiny.compiled(lambda model, batch: model.logits(model(batch)))
     for column in columns:
-        hidden = model(jax.tree.map(jnp.asarray, dataclasses.replace(batch, tokens=tokens)))
-        tokens[:, column] = np.asarray(model.logits(hidden)[:, column - 1].argmax(-1))
+        logits = forward(model, dataclasses.replace(batch, tokens=tokens))
+        tokens[:, column] = np.asarray(logits[:, column - 1].argmax(-1))
     batch = dataclasses.replace(batch, tokens=tokens)
     right = np.asarray(scorer(batch, np.arange(2)))
     assert right[:, columns].all()
@@ -148,11 +149,9 @@ def test_memory_order_gives_pvm_another_rows_image(model_dir, processor, data):
     np.testing.assert_array_equal(other, moved)
     model = make_model(model_dir, pvm=True)
 
-    def hidden(order):
-        b = jax.tree.map(jnp.asarray, batch)
-        return model(b, memory=model.encode_images(b).tokens[np.array(order)])
-
-    assert not np.allclose(hidden([0, 1]), hidden([1, 0]), atol=1e-3)
+    hidden = tiny.compiled(lambda model, b, order: model(b, memory=model.encode_images(b).tokens[order]))
+    orders = np.array([[0, 1], [1, 0]])
+    assert not np.allclose(*(hidden(model, batch, order) for order in orders), atol=1e-3)
     assert own.shape == other.shape
 
 
@@ -366,7 +365,10 @@ def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_p
 
     assert train("smoke", tmp_path / "see") == {"loss/easy", "loss/short"}
     text = f"--config.data.streams.ends.path={base_data['text']}"
-    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", text)
+    # One shape for all: each is a program to compile.
+    shapes = [f"--config.data.streams.{name}.length=(192,)" for name in ("chains", "ends", "short", "spans")]
+    shapes.append("--config.data.streams.ends.patches=(144,)")
+    kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", text, *shapes)
     assert kinds == {"loss/chains", "loss/ends", "loss/short", "loss/spans"}
 
 

@@ -173,6 +173,9 @@ def test_a_sampled_row_is_the_same_alone_and_in_a_batch(pvm):
     assert [g.token_ids for g in again] == [g.token_ids for g in numbered]
 
 
+one_pass = tiny.compiled(lambda model, batch: model.logits(model(batch)))
+
+
 def logprobs_of_one_pass(model, processor, sample: dict, tokens: list[int], temperature: float) -> np.ndarray:
     """Of `tokens` after the prompt, by a forward pass without a cache over both."""
     [prompt] = generation.encode(processor, [sample])
@@ -182,8 +185,7 @@ def logprobs_of_one_pass(model, processor, sample: dict, tokens: list[int], temp
     batch.tokens[0, length:] = tokens
     batch.positions[:, 0, length:] = following
     batch.segment_ids[0, length:] = 1
-    logits = model.logits(model(batch)[0, length - 1 : -1])
-    logits = np.array(logits, np.float64)
+    logits = np.array(one_pass(model, batch)[0, length - 1 : -1], np.float64)
     logits[:, processor.banned_token_ids] = -np.inf
     scores = jax.nn.log_softmax(logits / temperature, axis=-1)
     return np.asarray(scores)[np.arange(len(tokens)), tokens]
