@@ -366,8 +366,8 @@ def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_p
     assert train("smoke", tmp_path / "see") == {"loss/easy", "loss/short"}
     text = f"--config.data.streams.ends.path={base_data['text']}"
     # One shape for all: each is a program to compile.
-    shapes = [f"--config.data.streams.{name}.length=(192,)" for name in ("chains", "ends", "short", "spans")]
-    shapes.append("--config.data.streams.ends.patches=(144,)")
+    shapes = [f"--config.data.streams.{name}.length=(192,)" for name in ("chains", "ends", "spans")]
+    shapes += ["--config.data.length=(192,)", "--config.data.streams.ends.patches=(144,)"]
     kinds = train("long,smoke", tmp_path / "long", f"--config.model.path={tmp_path / 'see'}", text, *shapes)
     assert kinds == {"loss/chains", "loss/ends", "loss/short", "loss/spans"}
 
