@@ -177,7 +177,7 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule(batch):
         g = ALL.scale * g.reshape(len(a), b.shape[1], -1)
         for leaf, expected in (("a", np.swapaxes(b, 1, 2) @ g), ("b", g @ np.swapaxes(a, 1, 2))):
             found = got[f"{name}_lora/{leaf}"].reshape(expected.shape)
-            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=0, err_msg=name)
+            np.testing.assert_allclose(found, expected, atol=3e-5 * np.abs(expected).max(), rtol=0, err_msg=name)
             checked += 1
     assert checked == len(got) == 2 * 3 * 7
 
