@@ -295,7 +295,8 @@ def load_model(
         checkpoint = open_checkpoint(checkpoint)
     scan = jax.default_backend() != "cpu" if scan is None else scan
     param_dtype = dtype if param_dtype is None else param_dtype
-    model = abstract_model(checkpoint.config, dtype=dtype, param_dtype=param_dtype, scan=scan, remat=remat)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "scan": scan, "remat": remat, "mesh": mesh}
+    model = abstract_model(checkpoint.config, **options)
     graphdef, state = nnx.split(model)
     params = load_params(checkpoint, abstract_params(state, mesh))
     return nnx.merge(graphdef, fill(state, params))

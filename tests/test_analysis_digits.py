@@ -1,13 +1,18 @@
 """The experiment on digits: what is called a read, its cell and its position, and what is told of several seeds."""
 
+import dataclasses
+import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
+import analysis_traces as made
 import numpy as np
 import pytest
 
 from pvm_jax.analysis import digits as experiment
+from pvm_jax.analysis.results import AnalysisError
 from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.data import digits
 from pvm_jax.data.digits_task import Spec
@@ -36,7 +41,7 @@ def processor():
 def written(data, tmp_path_factory) -> tuple[Path, str]:
     """The folder and the table of an experiment with two seeds that are one checkpoint."""
     out = tmp_path_factory.mktemp("experiment") / "out"
-    return out, experiment.run(data, [f"base={BASE}", f"twice={BASE},{BASE}"], TEXTS, out)
+    return out, experiment.run(data, [f"base={BASE}", f"twice $x^{{$={BASE},{BASE}"], TEXTS, out)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_what_conditions_change(found):
 def test_numbers_over_seeds(written):
     out, table = written
     result = json.loads((out / "digits.json").read_text())
-    (one,), two = result["models"]["base"], result["models"]["twice"]
+    (one,), two = result["models"]["base"], result["models"]["twice $x^{$"]
     assert two == [one, one]
     for part, row in enumerate(one["long"]["by_position"]):
         mean = experiment.over_seeds([s["long"] for s in two], "reads", part)
@@ -91,6 +96,32 @@ def test_numbers_over_seeds(written):
     lines = table.splitlines()
     assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + 2 * (2 + 2 + 1 + 1)
     assert (out / "digits.png").stat().st_size > 20_000
+
+
+def test_models_have_names():
+    assert experiment._models(["a=x,y", "b=c=z"]) == {"a": ["x", "y"], "b": ["c=z"]}
+    for given, sentence in (
+        (["runs/demo"], "--model=runs/demo: expected NAME=DIR, or NAME=DIR,DIR,... for its seeds"),
+        (["a="], "--model=a=: expected NAME=DIR"),
+        (["a=x", "a=y"], "--model=a=y: there is a model 'a' before it; name its seeds in one, a=DIR,DIR"),
+    ):
+        with pytest.raises(AnalysisError, match=re.escape(sentence)):
+            experiment._models(given)
+
+
+def test_without_matplotlib_nothing_is_measured(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiment, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(AnalysisError, match="the plots need matplotlib, which is not installed"):
+        experiment.run(data, [f"base={BASE}"], TEXTS, tmp_path / "out")
+
+
+def test_slots_have_no_entropy_over_an_image():
+    pictures = (made.picture("image 1", 0, 2, 2),)
+    trace = made.trace(made.text(made.words(9), pictures), 0)
+    slots = dataclasses.replace(trace, dilution=dataclasses.replace(trace.dilution, pvm_choices=None))
+    assert {"entropy", "ratio"} <= set(experiment._tokens(trace))
+    assert "entropy" not in experiment._tokens(slots) and "ratio" in experiment._tokens(slots)
 
 
 def test_what_cannot_be_used(written, data, tmp_path, capsys):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pvm_jax import cli
-from pvm_jax.analysis import dilution, texts
+from pvm_jax.analysis import dilution, figures, texts
 from pvm_jax.analysis.results import AnalysisError, Text, Trace
 from pvm_jax.analysis.texts import Source
 from pvm_jax.analysis.tracing import trace
@@ -131,7 +131,7 @@ def numbers(traces: Sequence[Trace], reads: Sequence[np.ndarray], cells: Sequenc
         count, right        its reads, and how many the model itself would state
         mass, uniform       Omega_V, mean of layers and heads; what attention without preferences would have
         on_cell             a read's self-attention on its cell, the head that has most in the first bin
-        entropy, ratio      of PVM's retrieval, in nats, and of its contribution to the FFN's
+        entropy, ratio      of PVM's retrieval from the image, in nats, and of its contribution to the FFN's
         memory_on_cell      a read's PVM weight on its cell, the head that has most in the first bin
         settled             the layer from which on a read's prediction stays
         by_layer            the read token's probability behind each layer (logit lens)
@@ -198,8 +198,10 @@ def _tokens(one: Trace) -> dict[str, np.ndarray]:
         "mass": one.dilution.visual_mass.mean((0, 1)),
         "uniform": one.text.visual_tokens / one.text.context,
     }
-    if one.dilution.pvm_entropy is not None:
-        found |= {"entropy": one.dilution.pvm_entropy.mean((0, 1)), "ratio": one.dilution.pvm_ratio.mean(0)}
+    if one.dilution.pvm_choices is not None:
+        found["entropy"] = one.dilution.pvm_entropy.mean((0, 1))
+    if one.dilution.pvm_ratio is not None:
+        found["ratio"] = one.dilution.pvm_ratio.mean(0)
     return found
 
 
@@ -267,7 +269,7 @@ def draw(models: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
 
     for i, (model, seeds) in enumerate(models.items()):
         style = {"color": COLORS[i % len(COLORS)]}
-        curve(mass, seeds, "long", "mass", **style, label=model)
+        curve(mass, seeds, "long", "mass", **style, label=figures.plain(model))
         curve(reads, seeds, "long", "reads", **style)
         curve(reads, seeds, "long, near text", "reads", **style, linestyle="--")
         curve(cell, seeds, "long", "on_cell", **style)
@@ -326,6 +328,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _models(given: Sequence[str]) -> dict[str, list[str]]:
+    """By name the checkpoints of each model.
+
+    Raises:
+      AnalysisError: one is not NAME=DIR,..., or two have one name.
+    """
+    models: dict[str, list[str]] = {}
+    for one in given:
+        name, _, paths = one.partition("=")
+        if not (name and paths):
+            raise AnalysisError(f"--model={one}: expected NAME=DIR, or NAME=DIR,DIR,... for its seeds")
+        if name in models:
+            raise AnalysisError(
+                f"--model={one}: there is a model {name!r} before it; name its seeds in one, {name}=DIR,DIR"
+            )
+        models[name] = paths.split(",")
+    return models
+
+
 def run(data: str, given: Sequence[str], limit: int, out: Path) -> str:
     """Measures every checkpoint, writes the folder, and returns the table.
 
@@ -335,7 +356,8 @@ def run(data: str, given: Sequence[str], limit: int, out: Path) -> str:
     Raises:
       AnalysisError, CheckpointError, DataError: what was given cannot be used.
     """
-    models = {name: paths.split(",") for name, _, paths in (one.partition("=") for one in given)}
+    models = _models(given)
+    figures.check()
     if out.exists():
         raise AnalysisError(f"--out={out}: expected a folder that is not there yet; remove it or name another")
     for path in itertools.chain(*models.values()):
