@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(small_checkpoint, data, tmp_path_factory):
-    """One model with its PVM and without, on all rows: the folder, standard output and error, and how many texts each pass had."""
+    """One model with its PVM and without, on all rows: the folder, both outputs, texts of each pass."""
     import contextlib
     import io
 
