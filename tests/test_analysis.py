@@ -269,7 +269,10 @@ def test_the_last_layer_of_the_lens_is_the_model(model, processor, traces):
         np.testing.assert_array_equal(got.lens.token[-1], p.argmax(axis=1))
         np.testing.assert_allclose(got.lens.probability[-1], p.max(axis=1), atol=CLOSE, rtol=0)
         np.testing.assert_allclose(got.lens.given_probability[-1], p[each, given], atol=CLOSE, rtol=0)
-        np.testing.assert_array_equal(got.lens.given_rank[-1], 1 + (p > p[each, given][:, None]).sum(axis=1))
+        of_given = p[each, given][:, None]  # what is as probable up to rounding may stand before it or behind
+        before, with_equals = ((p > of_given * (1 + sign * CLOSE)).sum(axis=1) for sign in (1, -1))
+        assert ((got.lens.given_rank[-1] > before) & (got.lens.given_rank[-1] <= with_equals)).all()
+        assert (with_equals - before).mean() < 1.1
         assert (got.lens.rank[-1] == 1).all() and np.abs(got.lens.kl[-1]).max() < CLOSE
 
 
