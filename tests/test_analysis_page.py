@@ -84,6 +84,8 @@ def test_the_table():
     assert base[0] == "base" and base[1] == f"{COUNT + 22} in 3 texts"
     assert base[2] == f"{np.mean([values[0]['mass_first'], values[1]['mass_first']]):.3g}"  # text alone has none
     assert base[4] == "-0.98 (-1.10 to -0.86)"  # of the one text that is long enough
+    two = measures._exponent([{"exponent": -0.9}, {"exponent": -1.1}])
+    assert two == "-1.00 (-2.27 to 0.27 over 2 texts)"  # Student's interval: 12.7 times the standard error
     assert base[6:8] == ["-", "-"] and float(pvm[6]) < 0.9 and pvm[8] == "2.0 of 3"
 
 
