@@ -26,7 +26,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # torch; the models are too small for more threads to help
 
 # Traced programs are millions of small objects that live on, and Python would look through them again and again.
-gc.set_threshold(100_000, 50, 20)
+gc.set_threshold(200_000, 50, 50)
 
 install_import_hook("pvm_jax", "beartype.beartype")
 

@@ -11,6 +11,7 @@ Exit status: 0, 1 for what can be put right in the data or the checkpoint, 2 for
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -146,8 +147,11 @@ def samples(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def analyse(plans: Sequence[Plan], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> list[Run]:
     """Every plan on every row; a checkpoint is loaded once, and its texts are read or written once."""
-    groups = itertools.groupby(plans, key=lambda one: one.checkpoint)
-    return [run for path, group in groups for run in _analyse(path, list(group), rows, options)]
+    runs = []
+    for path, group in itertools.groupby(plans, key=lambda one: one.checkpoint):
+        runs += _analyse(path, list(group), rows, options)
+        gc.collect()  # modules refer to themselves in circles, and Python does not count what lies on a device
+    return runs
 
 
 def _analyse(

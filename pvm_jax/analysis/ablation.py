@@ -82,7 +82,7 @@ class Run:
             with log.open("w", encoding="utf-8") as file:
                 argv = [sys.executable, *arguments[1:]]
                 status = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-            seconds[name] = None if before is None else round(before + time.monotonic() - began, 1)
+            seconds[name] = None if before is None else round(before + time.monotonic() - began, 3)
             self._keep(seconds)
             if status:
                 raise ResultError(f"{self.key}: {name} ended with status {status}: {_last(log)} (all of it: {log})")
