@@ -13,8 +13,9 @@ Data in the paper: 3.6k prompts of MMK12, ThinkLite-VL-hard, ViRL39K and We-Math
 Layouts: docs/data.md.
 
 Planned memory  4B, 8 H100 of 79.1 GiB, --config.micro_batches=8: at most 45.1 GiB a device, while the cache grows; the
-                update 20.8 GiB. 8B, v5p:4x4x4 (95.7 GiB): growth 21.0, decode 19.4, update 12.6 GiB. 8B, v5e:16x16 with
-                --config.mesh.tensor=4 (15.75 GiB): growth 5.5, decode 5.0 GiB. Commands and the rest: docs/plans.md
+                update 20.8 GiB. 8B, v5p:4x4x4 (95.7 GiB): prefill 21.1, growth 21.0, decode 19.4, update 12.6 GiB. 8B,
+                v5e:16x16 with --config.mesh.tensor=4 (15.75 GiB): prefill 6.4, growth 5.5, decode 5.0, update 7.8 GiB.
+                Commands and the rest: docs/plans.md
 Hardware        not measured
 Wall time       not measured
 Result          paper, mean of eight benchmarks: 8B 70.6 -> 71.5, 4B 67.2 -> 68.4; ours not measured
