@@ -139,6 +139,13 @@ def documented() -> dict:
     return runs
 
 
+def parts(program: str, size: str, where: str) -> list[float]:
+    """A row of the second table: weights, optimizer, cache, batch, activations."""
+    line = rf"^\| {program} \| {size} \| {re.escape(where)} ((?:\| [\d.]+ ){{5}})\|$"
+    (row,) = re.findall(line, (ROOT / "docs" / "plans.md").read_text(), re.MULTILINE)
+    return [float(x) for x in row.split("|")[1:]]
+
+
 def test_the_table_is_read():
     assert {run[:2] for run in documented()} == {("4b", "h100:8"), ("8b", "v5p:4x4x4"), ("8b", "v5e:16x16")}
     assert all(
@@ -158,7 +165,11 @@ def test_documented_plans_follow_from_the_shapes(run):
     sizes = topology.fill(tuple(config["mesh"][axis] for axis in MESH_AXES), where.size)
     found = named(Recipe(config, model_config(config), AbstractMesh(sizes, MESH_AXES), where.platform))
     for program, wanted, peak, beside, ratio in documented()[run]:
-        least = estimate.unavoidable(found[program]).total / 2**30
+        least = estimate.unavoidable(found[program])
+        activations = least.layer_inputs + least.work
+        shown = [n / 2**30 for n in (least.weights, least.optimizer, least.cache, least.batch, activations)]
+        assert parts(program, size, name) == pytest.approx(shown, abs=0.006)
+        least = least.total / 2**30
         assert wanted == pytest.approx(least, abs=0.006)
         if peak:
             assert beside == pytest.approx(found[program].resident.total / 2**30, abs=0.006)
