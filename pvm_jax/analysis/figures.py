@@ -144,28 +144,25 @@ def _by_layer(axes: Any, runs: Sequence[Run], lines: Callable[[Trace], Sequence[
         axes.legend(frameon=False, fontsize=7)
 
 
-def _settled(axes: Any, runs: Sequence[Run]) -> None:
+def _along_layers(axes: Any, runs: Sequence[Run], of_run: Callable[[Run], Any], title: str, top: float | None) -> None:
+    """A line over the layers for each run that has the values; `top` ends the axis, None where they do."""
     for run, color in _coloured(runs):
-        share = measures.settled_by_layer(run)
-        if share is not None:
-            axes.plot(share, color=color, marker="o", markersize=3)
-    axes.set_ylim(0, 1.03)
-    _over_layers(axes, "tokens whose prediction has settled")
+        values = of_run(run)
+        if values is not None:
+            axes.plot(values, color=color, marker="o", markersize=3)
+    axes.set_ylim(0, top)
+    _over_layers(axes, title)
+
+
+def _settled(axes: Any, runs: Sequence[Run]) -> None:
+    _along_layers(axes, runs, measures.settled_by_layer, "tokens whose prediction has settled", 1.03)
 
 
 def _probability(axes: Any, runs: Sequence[Run]) -> None:
-    for run, color in _coloured(runs):
-        mean = measures.lens_mean(run, "probability")
-        if mean is not None:
-            axes.plot(mean, color=color, marker="o", markersize=3)
-    axes.set_ylim(0, 1.03)
-    _over_layers(axes, "probability of the final token")
+    _along_layers(
+        axes, runs, lambda run: measures.lens_mean(run, "probability"), "probability of the final token", 1.03
+    )
 
 
 def _kl(axes: Any, runs: Sequence[Run]) -> None:
-    for run, color in _coloured(runs):
-        mean = measures.lens_mean(run, "kl")
-        if mean is not None:
-            axes.plot(mean, color=color, marker="o", markersize=3)
-    axes.set_ylim(bottom=0)
-    _over_layers(axes, "KL from the final distribution (nats)")
+    _along_layers(axes, runs, lambda run: measures.lens_mean(run, "kl"), "KL from the final distribution (nats)", None)
