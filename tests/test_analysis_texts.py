@@ -167,6 +167,23 @@ def test_a_power_law_is_found():
     assert (fit.first, fit.last, fit.bins) == (20, 1999, dilution.BINS)
 
 
+def test_the_interval_is_hc3s():
+    """By its formula in matrices: (X'X)^-1 X' diag(e / (1 - h))^2 X (X'X)^-1, and Student's t of 6 degrees, 2.4469."""
+    rng = np.random.default_rng(3)
+    x = np.sort(rng.normal(size=8))
+    z = 1 - 0.7 * x + rng.normal(size=8) * np.linspace(0.5, 0.05, 8)
+    design = np.stack([np.ones(8), x], axis=1)
+    inverse = np.linalg.inv(design.T @ design)
+    coefficients = inverse @ design.T @ z
+    leverage = np.einsum("ij,jk,ik->i", design, inverse, design)
+    missed = (z - design @ coefficients) / (1 - leverage)
+    covariance = inverse @ (design.T * missed**2) @ design @ inverse
+    half = 2.446912 * np.sqrt(covariance[1, 1])
+    slope, low, high, intercept, _ = dilution._line(x, z)
+    expected = (coefficients[1], coefficients[1] - half, coefficients[1] + half, coefficients[0])
+    assert (slope, low, high, intercept) == pytest.approx(expected, rel=1e-6)
+
+
 def test_the_interval_allows_for_autocorrelation():
     """Noise that lasts ten tokens: nine of ten intervals hold the exponent; taken as independent, not half of them."""
     t, held, naive = np.arange(30, 1030), 0, 0
