@@ -306,7 +306,8 @@ def test_a_row_by_the_real_commands(tmp_path, monkeypatch):
     digits.prepare(tmp_path / "data", "demo")
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", tiny.devices(1)["XLA_FLAGS"])
+    for name, value in tiny.without_torch(1).items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "grid.json"
     ablation.main(["--rows=pvm_shift", "--seeds=1", "--smoke", f"--data={tmp_path / 'data'}", f"--out={out}",
                    f"--runs={tmp_path / 'runs'}"])  # fmt: skip

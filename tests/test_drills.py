@@ -127,7 +127,7 @@ runpy.run_path("train.py", run_name="__main__")
 def test_kill_9_during_an_asynchronous_save(setting, run, whole, tmp_path, capsys):
     """All data of step 4 is written, the directory is about to get its name."""
     argv = [sys.executable, "-c", KILL, "train.py", *setting.flags, f"--workdir={tmp_path / 'w'}"]
-    env = os.environ | tiny.devices(1) | {"PYTHONPATH": f"{setting.folder}:{training_runs.ROOT}"}
+    env = tiny.without_torch(1, setting.folder, training_runs.ROOT)
     done = subprocess.run(argv, cwd=training_runs.ROOT, env=env, timeout=900, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     left = {path.name for path in (tmp_path / "w" / "checkpoints").iterdir()}

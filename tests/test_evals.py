@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -319,7 +318,7 @@ def test_sft_configurations(argument):
 def test_the_whole_experiment_in_miniature(data, tmp_path):
     """Shipped checkpoint -> PVM -> SFT -> GRPO -> evaluation -> comparison, by the commands that the documentation
     gives."""
-    environment = os.environ | tiny.devices(1)  # one device, as on a newcomer's machine
+    environment = tiny.without_torch(1)  # one device, as on a newcomer's machine
 
     def command(*argv) -> str:
         argv = [sys.executable, *map(str, argv)]
@@ -352,7 +351,7 @@ def test_the_whole_experiment_in_miniature(data, tmp_path):
 
 def test_base_configurations_train_steps_of_every_kind_of_batch(base_data, tmp_path):
     """Both runs of the base, the second on the result of the first."""
-    environment = os.environ | tiny.devices(1)
+    environment = tiny.without_torch(1)
 
     def train(argument: str, workdir: Path, *given: str) -> set[str]:
         argv = [sys.executable, "train.py", f"--config=configs/digits_base.py:{argument}", f"--workdir={workdir}"]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import training_runs
 from flax import nnx
 from grpo_stages import LIMIT, make
@@ -246,7 +247,7 @@ def test_killed_in_rollout_grading_and_update_it_goes_on_with_the_same_numbers(f
     """
     workdir = tmp_path / "w"
     flags = ("--config.stage.iterations=2", "--config.checkpoint.every=1")
-    env = os.environ | {"PYTHONPATH": f"{training_runs.ROOT / 'tests'}:{training_runs.ROOT}"}
+    env = tiny.without_torch(8, training_runs.ROOT / "tests", training_runs.ROOT)
     for place in (("decode", "2", "2"), ("reward", "1", "2"), ("update", "2", "3")):
         argv = [sys.executable, "tests/dying_train.py", *place, *setting.flags, *flags, f"--workdir={workdir}"]
         done = subprocess.run(argv, cwd=training_runs.ROOT, env=env, timeout=900, capture_output=True, text=True)
@@ -341,7 +342,6 @@ def test_sharded_run_is_that_of_one_device(setting, tmp_path, monkeypatch):
     training_runs.run(monkeypatch, setting, tmp_path / "one", *flags)
     more = ("--config.micro_batches=2", "--config.mesh.data=2", "--config.mesh.tensor=1")
     training_runs.run(monkeypatch, setting, tmp_path / "four", *flags, *more, devices=4)
-    monkeypatch.setenv("PYTHONPATH", f"{training_runs.ROOT / 'tests'}:{training_runs.ROOT}")
     with Pair(tmp_path, "train.py", *setting.flags, *flags, *more, f"--workdir={tmp_path / 'pair'}") as pair:
         assert pair.statuses(timeout=900) == [0, 0], pair.log()[-3000:] + pair.log(1)[-3000:]
     one, four, two = (read_metrics(tmp_path / name) for name in ("one", "four", "pair"))

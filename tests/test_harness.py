@@ -273,14 +273,16 @@ def test_killed_and_started_again_it_writes_the_same_file(known, small_checkpoin
     workdir = tmp_path / "w"
     argv = [sys.executable, "eval.py", f"--config={config}", f"--config.checkpoint={small_checkpoint}"]
     records = workdir / "own.jsonl"
-    with subprocess.Popen([*argv, f"--workdir={workdir}"], cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+    env = tiny.without_torch(8)
+    with subprocess.Popen([*argv, f"--workdir={workdir}"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300
         while not (records.is_file() and records.read_bytes().count(b"\n") >= 5):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
     assert not (workdir / "own.json").exists()
-    run = subprocess.run([*argv, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    argv.append(f"--workdir={workdir}")
+    run = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "answers are there already" in run.stdout
     assert [path.name for path in workdir.glob("*.json")] == ["own.json"], "what a report is given"

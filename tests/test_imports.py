@@ -7,26 +7,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
-# Absent, as seen by `import` and by `importlib.util.find_spec`, with which transformers looks for its backends.
-ABSENT = textwrap.dedent("""
-    from importlib.machinery import PathFinder
-
-    find_spec = PathFinder.find_spec
-
-    def find_others(name, path=None, target=None):
-        absent = name.split(".")[0] in {"torch", "torchvision", "tensorflow"}
-        return None if absent else find_spec(name, path, target)
-
-    PathFinder.find_spec = find_others
-""")
 
 
 def run(code: str) -> str:
     """Standard output of `code` in a Python that has neither torch nor TensorFlow."""
-    program = ABSENT + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    env = tiny.without_torch(8)
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

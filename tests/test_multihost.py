@@ -486,7 +486,7 @@ class Pair:
         port = free_port()
         # All that the first pair compiles is there for the next, in the tests' own folder for later runs, too.
         cache = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        env = os.environ | cache | tiny.devices(2)
+        env = tiny.without_torch(2, training_runs.ROOT / "tests", training_runs.ROOT) | cache
         self._logs = [folder / f"log-{port}-{i}" for i in range(2)]
         self.processes = []
         for i in range(2):

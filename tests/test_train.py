@@ -1,7 +1,6 @@
 """`train.py` as a user runs it: on a tiny checkpoint and a JSONL file, by command line."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -166,11 +165,9 @@ def test_everything_from_random_values_becomes_a_hugging_face_checkpoint(run, pv
 
 
 def command(common: list[str], workdir: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """A process of its own on one device, in which importing torch or tensorflow fails."""
-    block = "import runpy, sys; sys.modules |= {'torch': None, 'tensorflow': None}; del sys.argv[0]; "
-    start = "sys.path.insert(0, '.'); runpy.run_path('train.py', run_name='__main__')"
-    argv = [sys.executable, "-c", block + start, "train.py", *common, f"--workdir={workdir}", *arguments]
-    return argv, os.environ | tiny.devices(1)
+    """A process of its own on one device, without torch and TensorFlow."""
+    argv = [sys.executable, "train.py", *common, f"--workdir={workdir}", *arguments]
+    return argv, tiny.without_torch(1)
 
 
 def test_killed_and_restarted_run_has_the_same_losses_bit_for_bit(common, tmp_path):

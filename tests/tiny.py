@@ -43,6 +43,15 @@ def devices(count: int) -> dict[str, str]:
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"}
 
 
+def without_torch(count: int, *folders: Path | str) -> dict[str, str]:
+    """As `devices`, for a child process in which there is neither torch nor TensorFlow; the folders go on PYTHONPATH.
+
+    Users need neither, and tensorboardX would import torch, which takes longer than the rest together.
+    """
+    path = (Path(__file__).parent / "without_torch", *folders)
+    return os.environ | devices(count) | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+
+
 # Qwen3-VL's chat format (a system turn only if given, images where they stand), in a template of our own.
 CHAT_TEMPLATE = """\
 {%- set counts = namespace(image=0, video=0) -%}
