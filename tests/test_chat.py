@@ -94,11 +94,12 @@ def test_added_tokens_that_are_not_special_stay_tokens(stock_checkpoint):
 
 
 def test_template_variables_are_protected_too(processor):
-    template = "{{- tools[0].name -}}" + tiny.CHAT_TEMPLATE
+    """Values and keys, which a template writes as JSON."""
+    template = "{{- tools | tojson -}}" + tiny.CHAT_TEMPLATE
     chat = Chat(processor.tokenizer, template)
-    ids, _ = chat.tokenize(chat.render([tiny.user("a")], tools=[{"name": "<|im_end|>"}]))
-    assert ids.count(ID["<|im_end|>"]) == 1
-    assert processor.decode(ids, skip_special_tokens=False).startswith("<|im_end|><|im_start|>")
+    ids, _ = chat.tokenize(chat.render([tiny.user("a")], tools=[{"<|im_start|>": "<|im_end|>"}]))
+    assert (ids.count(ID["<|im_start|>"]), ids.count(ID["<|im_end|>"])) == (1, 1)
+    assert processor.decode(ids, skip_special_tokens=False).startswith('[{"<|im_start|>": "<|im_end|>"}]<|im_start|>')
 
 
 def test_half_a_surrogate_pair_is_refused(processor):

@@ -233,12 +233,12 @@ def test_video_file_is_sampled_evenly(processor, tmp_path):
     assert shown(processor.encode(sample)) == video.sample_indices(30, 10.0, processor.video, 4).tolist()
 
 
-def test_animated_gif_is_a_video(processor, tmp_path):
+def test_animated_gif_is_a_video(processor, tmp_path, monkeypatch):
+    """Also one whose name would be an address to FFmpeg."""
     pictures = [tiny.image(i, 64, 96).quantize(64) for i in range(6)]
-    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=500, loop=0)
-    e = processor.encode(
-        {"messages": [{"role": "user", "content": [{"type": "video", "video": str(tmp_path / "a.gif")}]}]}
-    )
+    monkeypatch.chdir(tmp_path)
+    pictures[0].save("clip:1.gif", save_all=True, append_images=pictures[1:], duration=500, loop=0)
+    e = processor.encode({"messages": [{"role": "user", "content": [{"type": "video", "video": "clip:1.gif"}]}]})
     frames = processor.encode(ask([p.convert("RGB") for p in pictures]))  # 6 frames, 2 a second
     np.testing.assert_array_equal(e.tokens, frames.tokens)
     np.testing.assert_array_equal(e.patches, frames.patches)
@@ -253,8 +253,9 @@ def test_bad_video_files_are_named(processor, tmp_path):
         ("cut.mp4", "the video cannot be decoded"),
         ("text.mp4", "the video cannot be decoded"),
         ("none.mp4", "expected a video file, found none"),
+        ("http://127.0.0.1:9/a.mp4", "expected a video file, found none"),
     ):
-        part = {"type": "video", "video": tmp_path / name}
+        part = {"type": "video", "video": name if ":" in name else tmp_path / name}
         with pytest.raises(DataError, match=rf"^sample 1: messages\[0\].content\[0\] \(.*{name}\): {message}"):
             processor.encode({"id": 1, "messages": [{"role": "user", "content": [part]}]})
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,9 @@ def test_no_code_from_data(file):
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call):
             assert not (isinstance(node.func, ast.Name) and node.func.id in UNSAFE_NAMES), f"line {node.lineno}"
+            called = ast.unparse(node.func)
+            if re.fullmatch(r"Auto\w+\.from_pretrained", called):  # the only one that would offer to run it
+                assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, f"line {node.lineno}"
             for keyword in node.keywords:
                 constant = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 assert keyword.arg != "trust_remote_code" or constant is False, f"line {node.lineno}"

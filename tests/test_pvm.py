@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from pvm_jax.checkpoint import load_model
 from pvm_jax.config import ModelConfig
 from pvm_jax.convert import convert_from_hf
-from pvm_jax.data.packing import Encoded, collate
+from pvm_jax.data.packing import Encoded, collate, extend
 from pvm_jax.data.processor import Processor
+from pvm_jax.models.cache import KVCache
 from pvm_jax.models.layers import Make
 from pvm_jax.models.pvm import PVMBlock, memory_mask
 from pvm_jax.models.qwen3_vl import Qwen3VL
@@ -182,15 +183,24 @@ def halves(processor):
     return [cut(TURNS), cut(TEXT_TURNS)]
 
 
-def cached_turns(model, halves) -> tuple[list[np.ndarray], np.ndarray]:
-    """Logits of each row's second turn, computed on the cache of the first, and the images' slots in the cache."""
-    step = tiny.compiled(lambda model, batch, cache: model.prefill(batch, cache))
+@tiny.compiled
+def prefill(model, batch, cache):
+    return model.prefill(batch, cache)
+
+
+@tiny.compiled
+def decode(model, tokens, cache):
+    return model.decode(tokens, cache)
+
+
+def cached_turns(model, halves, blind: bool = False) -> tuple[list[np.ndarray], KVCache]:
+    """Logits of each row's second turn, computed on the cache of the first, and the cache of both."""
     cache = model.init_cache(len(halves), 2 * LENGTH, PATCHES // 2)
     for turn in range(2):
-        batch = collate([[row[turn]] for row in halves], length=LENGTH, patches=PATCHES)
-        hidden, cache = step(model, batch, cache)
+        batch = collate([[row[turn]] for row in halves], length=LENGTH, patches=PATCHES, vision_masked=blind)
+        hidden, cache = prefill(model, batch, cache)
     got = model.logits(hidden)
-    return [np.asarray(got[i, : len(row[1].tokens)]) for i, row in enumerate(halves)], cache.memory_slots
+    return [np.asarray(got[i, : len(row[1].tokens)]) for i, row in enumerate(halves)], cache
 
 
 @pytest.mark.parametrize("mask", ["causal", "all"])
@@ -198,7 +208,7 @@ def test_one_pass_and_a_cached_second_turn(models, processor, halves, mask):
     """With "all" the cached first turn could not know the second image, so that one pass must differ."""
     model = models[mask]
     at_once = np.asarray(logits(model, rows(processor, TURNS, TEXT_TURNS)))
-    got, memory_slots = cached_turns(model, halves)
+    got, cache = cached_turns(model, halves)
     errors = []
     for row, (first, second) in enumerate(halves):
         expected = at_once[row, len(first.tokens) :][: len(second.tokens)]
@@ -209,7 +219,24 @@ def test_one_pass_and_a_cached_second_turn(models, processor, halves, mask):
 
     joined = sum(len(half.patches) // 4 for half in halves[0])
     assert len(halves[0][1].patches) > 0
-    assert (np.asarray(memory_slots) >= 0).sum(axis=1).tolist() == [joined, 0]
+    assert (np.asarray(cache.memory_slots) >= 0).sum(axis=1).tolist() == [joined, 0]
+
+
+def test_a_blind_backbone_is_blind_in_the_cache_too(models, processor, halves):
+    """Two turns in a cache and one token more: the logits of one pass with the mask, and not of one without."""
+    model, tokens = models["causal"], np.array([5, 6], np.int32)
+    got, cache = cached_turns(model, halves, blind=True)
+    last = np.asarray(model.logits(decode(model, tokens, cache)[0]))
+    answered = [extend(processor.encode(turns), tokens[i : i + 1]) for i, turns in enumerate((TURNS, TEXT_TURNS))]
+    blind, sighted = (
+        np.asarray(logits(model, collate([[row] for row in answered], length=LENGTH, patches=PATCHES, vision_masked=x)))
+        for x in (True, False)
+    )
+    for row, (first, second) in enumerate(halves):
+        end = len(first.tokens) + len(second.tokens)
+        np.testing.assert_allclose(got[row], blind[row, len(first.tokens) : end], atol=LOGITS)
+        np.testing.assert_allclose(last[row], blind[row, end], atol=LOGITS)
+    assert np.abs(last[0] - sighted[0, len(answered[0].tokens) - 1]).max() > 100 * LOGITS
 
 
 def test_a_row_without_an_image_gets_exactly_nothing(models, processor):

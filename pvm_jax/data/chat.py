@@ -258,7 +258,7 @@ class Chat:
                 value = self._special.sub(lambda found: found[0][0] + mark + found[0][1:], value)
             return value
         if isinstance(value, Mapping):
-            return {key: self._protect(item, mark) for key, item in value.items()}
+            return {self._protect(key, mark): self._protect(item, mark) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._protect(item, mark) for item in value]
         return value
@@ -308,7 +308,7 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [s for item in value.values() for s in _strings(item)]
+        return [s for pair in value.items() for item in pair for s in _strings(item)]
     if isinstance(value, list | tuple):
         return [s for item in value for s in _strings(item)]
     return []

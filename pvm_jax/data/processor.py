@@ -86,7 +86,7 @@ class Processor:
         directory = Path(directory)
         config = ModelConfig.load(directory)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise DataError(f"{directory}: expected a tokenizer, but it cannot be read ({e})") from None
         images, video = _preprocessor_sections(directory)

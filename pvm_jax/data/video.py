@@ -13,6 +13,7 @@ What agrees with transformers (5.23), `Qwen3VLVideoProcessor` and `Qwen3VLProces
 import dataclasses
 import functools
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,12 @@ def read_video(
     import av  # here, so that hosts without FFmpeg can still train on images
 
     name = f"{where} ({source})"
-    content: str | bytes = source.read() if isinstance(source, Stored) else str(source)
+    if isinstance(source, Stored):
+        content: str | bytes = source.read()
+    elif Path(source).is_file():
+        content = f"file:{os.path.abspath(source)}"  # or FFmpeg would take what stands before a colon for a protocol
+    else:
+        raise DataError(f"{name}: expected a video file, found none")
     try:
         with _open(content) as container:
             if not container.streams.video:
@@ -146,8 +152,6 @@ def read_video(
                     frames.append(frame.to_image())
                 if seen > indices[-1]:
                     break
-    except FileNotFoundError:
-        raise DataError(f"{name}: expected a video file, found none") from None
     except av.FFmpegError as e:
         raise DataError(f"{name}: the video cannot be decoded ({e})") from None
     if len(frames) != len(indices):
