@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from jax.sharding import Mesh
+
     from pvm_jax.data.processor import Processor
     from pvm_jax.generate import Generation
     from pvm_jax.models.qwen3_vl import Qwen3VL
 
 
-def load(path: "str | Path", dtype: Any = "float32", scan: bool | None = None) -> "tuple[Qwen3VL, Processor]":
+def load(
+    path: "str | Path", dtype: Any = "float32", scan: bool | None = None, mesh: "Mesh | None" = None
+) -> "tuple[Qwen3VL, Processor]":
     """The model of a Hugging Face directory, a native checkpoint or a training workdir, and its processor.
 
     Args:
@@ -34,6 +38,7 @@ def load(path: "str | Path", dtype: Any = "float32", scan: bool | None = None) -
       dtype: of parameters and computation.
       scan: whether like layers are stacked and scanned; None: not on a CPU, where each layer on its own decodes
         faster, but on accelerators.
+      mesh: where the parameters go, see `sharding.make_mesh`; None: the first device.
 
     Raises:
       CheckpointError, WeightsError, ConfigError, DataError: the directory is not a complete model; the message says
@@ -45,7 +50,7 @@ def load(path: "str | Path", dtype: Any = "float32", scan: bool | None = None) -
 
     checkpoint = open_checkpoint(path)
     processor = Processor.from_pretrained(checkpoint.files)
-    return load_model(checkpoint, dtype=dtype, scan=scan), processor
+    return load_model(checkpoint, dtype=dtype, scan=scan, mesh=mesh), processor
 
 
 def generate(model: "Qwen3VL", processor: "Processor", conversations: Any, **options: Any) -> "list[Generation]":

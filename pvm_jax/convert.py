@@ -53,18 +53,20 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote."""
+    """What a conversion wrote, and what its reader should know."""
 
     path: Path
     parameters: int
     pvm_parameters: int
     size_bytes: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        wrote = (
             f"{self.path}: {self.parameters:,} parameters, {self.pvm_parameters:,} of them PVM, "
             f"{self.size_bytes / 1e9:.3f} GB of weights"
         )
+        return "\n".join([wrote, *(f"note: {note}" for note in self.notes)])
 
 
 def convert_from_hf(
@@ -177,7 +179,26 @@ def convert_to_hf(
             for tensor, row in zip(leaf.tensors, value if leaf.stacked else value[None], strict=True):
                 writer.write(tensor.name, row.reshape(tensor.shape))
     size = sum(e.end - e.start for e in writer.entries.values())
-    return Summary(dst, *count_parameters(checkpoint.config), size)
+    return Summary(dst, *count_parameters(checkpoint.config), size, _notes(checkpoint.config))
+
+
+def _notes(config: ModelConfig) -> tuple[str, ...]:
+    """Who can read the PVM of a Hugging Face directory."""
+    if not (pvm := config.pvm):
+        return ()
+    notes = ["transformers by itself leaves PVM out and answers as the model without it; PVM-JAX and the public "
+             "release's model code run it"]  # fmt: skip
+    if unknown := [
+        name
+        for name, found in (
+            (f"the memory mask {pvm.memory_mask!r}", pvm.memory_mask != "all"),
+            ("learned slots", pvm.slots),
+            ("PVM on image tokens", not pvm.silencing),
+        )
+        if found
+    ]:
+        notes.append(f"the release's model code does not know {' and '.join(unknown)}: there its answers differ")
+    return tuple(notes)
 
 
 def check(src: str | Path) -> bool:

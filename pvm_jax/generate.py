@@ -17,6 +17,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
+import jax
+from jax.sharding import Mesh
+
 import pvm_jax
 from pvm_jax.checkpoint import CheckpointError
 from pvm_jax.config import ConfigError
@@ -28,6 +31,7 @@ from pvm_jax.decoding import complete
 from pvm_jax.hf_weights import WeightsError
 from pvm_jax.models import Qwen3VL
 from pvm_jax.sampling import GenerationError, Sampling
+from pvm_jax.sharding import ShardingError, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,25 +176,41 @@ def _parser() -> argparse.ArgumentParser:
     add("--presence_penalty", type=float, default=0.0, help="subtracted once from the logit of a generated token")
     add("--repetition_penalty", type=float, default=1.0)
     add("--seed", type=int, default=0)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and computation")
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="of parameters and computation; default: float32 on CPUs, else bfloat16")
+    add("--tensor", type=int, default=1, help="devices to split the model over: a divisor of its key/value heads")
     add("--json", action="store_true", help="print one JSON object: token_ids, text, logprobs, finish_reason, ...")
     return parser
+
+
+def _mesh(tensor: int) -> Mesh | None:
+    if not 1 <= tensor <= jax.device_count():
+        raise GenerationError(f"--tensor: expected 1 to {jax.device_count()}, the devices here, got {tensor}")
+    return make_mesh(tensor=tensor, devices=jax.devices()[:tensor]) if tensor > 1 else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 for what the user can mend."""
     options = vars(_parser().parse_args(argv))
-    as_json, checkpoint, dtype = (options.pop(name) for name in ("json", "checkpoint", "dtype"))
+    as_json, checkpoint, dtype, tensor = (options.pop(name) for name in ("json", "checkpoint", "dtype", "tensor"))
     system, prompt = options.pop("system"), options.pop("prompt")
     content = [{"type": kind, kind: file} for kind in ("image", "video") for file in options.pop(kind)]
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": [*content, {"type": "text", "text": prompt}]})
     try:
         Sampling(**{field.name: options[field.name] for field in dataclasses.fields(Sampling)})  # before the load
-        model, processor = pvm_jax.load(checkpoint, dtype=dtype)
+        mesh = _mesh(tensor)
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        model, processor = pvm_jax.load(checkpoint, dtype=dtype, mesh=mesh)
         answer = generate(model, processor, [{"id": "prompt", "messages": messages}], **options)[0]
-    except (CheckpointError, ConfigError, DataError, GenerationError, WeightsError, OSError) as e:
+    except (CheckpointError, ConfigError, DataError, GenerationError, ShardingError, WeightsError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        advice = "--dtype=bfloat16 halves them, --tensor=N splits them over N devices"
+        print(f"error: {checkpoint}: no room on the device for {dtype} weights and cache; {advice}", file=sys.stderr)
         return 2
     print(json.dumps(dataclasses.asdict(answer)) if as_json else answer.text)
     return 0

@@ -81,6 +81,7 @@ def test_round_trip_is_bit_exact(checkpoints, tmp_path, tied, dtype, pvm_layers)
     source = checkpoints(tied=tied, dtype=dtype, pvm_layers=pvm_layers, shard_bytes=200_000 if tied else 10**9)
     convert_from_hf(source, tmp_path / "native")
     summary = convert_to_hf(tmp_path / "native", tmp_path / "back", max_shard_size=300_000)
+    assert len(summary.notes) == (1 if pvm_layers else 0)
     want = tensors(source)
     assert_same(tensors(tmp_path / "back"), want)
     assert summary.parameters == sum(v.size for v in want.values())
@@ -109,6 +110,15 @@ def test_shards_and_index(checkpoints, tmp_path):
     convert_to_hf(tmp_path / "again", tmp_path / "one_file")
     assert [f.name for f in (tmp_path / "one_file").glob("model*")] == ["model.safetensors"]
     assert_same(tensors(tmp_path / "one_file"), tensors(source))
+
+
+def test_what_the_release_does_not_know_is_said(stock_checkpoint, tmp_path):
+    options = {"pvm_layers": (1,), "pvm_hidden_size": 32, "pvm_slots": 4, "pvm_silencing": False}
+    convert_from_hf(stock_checkpoint, tmp_path / "native", **options)
+    note = convert_to_hf(tmp_path / "native", tmp_path / "hf").notes[-1]
+    assert note.startswith(
+        "the release's model code does not know the memory mask 'causal' and learned slots and PVM on image tokens:"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -449,6 +459,7 @@ def test_command_line_converts_both_ways(stock_checkpoint, tmp_path, capsys):
     assert open_checkpoint(native).config.pvm.memory_mask == "all"
     status, out, _ = run("to_hf", native, back, "--max_shard_size=500KB", capsys=capsys)
     assert status == 0 and f"{back}: {total + 27_842:,} parameters" in out
+    assert out.count("note: ") == 1 and "note: transformers by itself leaves PVM out" in out
     assert tensors(back)[EMBEDDING].dtype == ml_dtypes.bfloat16
 
 

@@ -387,6 +387,7 @@ def test_command_line_prints_one_json_object_or_the_text(pvm, pvm_dir, image_fil
         ({"--top_p": "0"}, "top_p: expected"),
         ({"--max_new_tokens": "0"}, "max_new_tokens: expected at least 1"),
         ({"--seed": "-1"}, "seed: expected"),
+        ({"--tensor": "9"}, "--tensor: expected 1 to 8, the devices here, got 9"),
         ({"--colour": "red"}, "--colour"),
     ],
 )
@@ -399,6 +400,21 @@ def test_mistakes_get_one_sentence_and_exit_status_2(pvm_dir, tmp_path, monkeypa
     status, out, err = call(capsys, *(f"{k}={v}" for k, v in flags.items() if v is not None))
     assert (status, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+def test_the_command_splits_a_model_and_says_when_it_does_not_fit(pvm_dir, monkeypatch, capsys):
+    asked = {}
+
+    def load(path, **options):
+        asked.update(options)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.")
+
+    monkeypatch.setattr(pvm_jax, "load", load)
+    status, _, err = call(capsys, f"--checkpoint={pvm_dir}", "--prompt=so?", "--tensor=2", "--dtype=bfloat16")
+    assert dict(asked["mesh"].shape) == {"data": 1, "fsdp": 1, "tensor": 2} and asked["dtype"] == "bfloat16"
+    assert status == 2 and err.startswith(f"error: {pvm_dir}: no room on the device for bfloat16 weights")
+    call(capsys, f"--checkpoint={pvm_dir}", "--prompt=so?")
+    assert asked == {"mesh": None, "dtype": "float32"}, "on a CPU"
 
 
 def test_command_line_as_a_program(pvm_dir, image_files):
