@@ -2,7 +2,7 @@
 
     python benchmarks/compile.py --topology=h100:8 [--size=8b --rounds=3 --out=FILE.json]
 
-Nothing runs; the extra of the platform must be installed (`pip install 'pvm-jax[tpu]'` or `[cuda12]`). Both 8-layer
+Nothing runs; the extra of the platform must be installed (`pip install -e '.[tpu]'` or `[cuda12]`). Both 8-layer
 models have the size's width and vision tower; one has PVM in as many layers as the size, one in a single layer. Alike
 layers are scanned, so the compiler should see as many kinds of layers, not as many layers. Processor seconds count, as
 `pvm_jax.plan` prints them: they depend less on what else the machine does.

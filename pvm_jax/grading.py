@@ -162,7 +162,7 @@ class _Child:
             self.close()
             raise GradingError(
                 f"grading answers needs mathruler and what it imports ({reply['error']}); "
-                "run: pip install 'pvm-jax[grade]'"
+                "run: pip install -e '.[grade]'"
             )
 
     def _ask(self, request: str | None, seconds: float) -> dict:

@@ -1,4 +1,5 @@
-"""Logits of a Hugging Face checkpoint here and in transformers, both in fp32 on the CPU; needs torch.
+"""Logits of a Hugging Face checkpoint here and in transformers, both in fp32 on the CPU; needs torch, and memory for
+eight bytes a parameter.
 
 transformers has no PVM. A checkpoint with PVM is compared with its gates set to 0, which shows that everything
 around PVM is right; PVM itself is tested against a torch reference in this project's tests.
@@ -17,6 +18,7 @@ from PIL import Image
 from pvm_jax.checkpoint import Checkpoint, load_model
 from pvm_jax.data.processor import Processor
 from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.sharding import make_mesh
 
 TOLERANCE = 1e-4
 
@@ -62,7 +64,7 @@ def compare(checkpoint: Checkpoint) -> Iterator[Difference]:
     from transformers import Qwen3VLForConditionalGeneration
 
     processor = Processor.from_pretrained(checkpoint.files)
-    model = load_model(checkpoint, dtype="float32", scan=True)
+    model = load_model(checkpoint, dtype="float32", scan=True, mesh=make_mesh(devices=jax.devices("cpu")[:1]))
     close_gates(model)
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(checkpoint.path, dtype="float32").eval()
     for case, sample in _samples():

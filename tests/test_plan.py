@@ -1,7 +1,7 @@
 """Plans: names of topologies, the programs of every shipped size lowered for TPU and CUDA, what the compiler says.
 
 Lowering needs no compiler for the platform. Compiling does: those tests run where the extras are installed
-(`pip install 'pvm-jax[tpu]'`, `'pvm-jax[cuda12]'`), in processes of their own, as a user would.
+(`pip install -e '.[tpu]'`, `'.[cuda12]'`), in processes of their own, as a user would.
 """
 
 import dataclasses

@@ -83,7 +83,7 @@ def digit_images(split: str) -> tuple[Float[np.ndarray, "n 8 8"], Int[np.ndarray
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("the digits come with scikit-learn: pip install 'pvm-jax[demo]'") from None
+        raise ImportError("the digits come with scikit-learn: pip install -e '.[demo]'") from None
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     keep = {"train": order[360:], "test": order[:360]}[split]

@@ -115,7 +115,7 @@ class Topology:
             said = " ".join(str(error).split()).split(" === Source")[0]
             raise PlanError(
                 f"--topology={self.name}: {said[:300]}; expected one of {VALID}, and the extra installed: "
-                f"pip install 'pvm-jax[{extra}]'"
+                f"pip install -e '.[{extra}]'"
             ) from None
 
     def mesh(self, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
