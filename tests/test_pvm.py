@@ -67,6 +67,7 @@ def fresh(stock_checkpoint, tmp_path_factory):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_fresh_pvm_changes_no_bit(stock_checkpoint, fresh, processor, scan):
+    logits = tiny.compiled(lambda model, batch: model.logits(model(batch)), tiny.AS_USERS)
     batch = rows(processor, TURNS, SHORT)
     stock, ours = load_model(stock_checkpoint, scan=scan), load_model(fresh, scan=scan)
     assert ours.config.pvm.memory_mask == "causal"

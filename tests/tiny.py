@@ -359,13 +359,17 @@ def _draw(name: str, shape, generator):
     return noise / np.sqrt(noise[0].numel())
 
 
-def compiled(function: Callable) -> Callable:
+AS_USERS = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+"""Compiler options without what `devices` sets, for tests of the last bit."""
+
+
+def compiled(function: Callable, options: dict[str, Any] | None = None) -> Callable:
     """`function(model, *args)` under jit. nnx.jit also rebuilds its arguments with None for arrays, which typed
     dataclasses such as VisualTokens rightly refuse here."""
     import jax
     from flax import nnx
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=options)
     def call(graphdef, state, *args):
         return function(nnx.merge(graphdef, state), *args)
 
