@@ -80,8 +80,8 @@ def get_config() -> ConfigDict:
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: the devices that are left
             "checkpoint": {"every": 500, "keep": 2},  # 0: only the last step
-            "evals": {},  # {name: {"module": ..., "every": steps, options}}; the module has make_evaluator
-            "log_every": 10,
+            "evals": {},  # {name: {"module": ..., "every": steps, options}}: see docs/evaluation.md
+            "log_every": 10,  # 0: only after the last step
             "compilation_cache": placeholder(str),  # directory of compiled programs, shared by runs
         }
     )

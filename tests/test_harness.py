@@ -192,7 +192,7 @@ def test_goes_on_where_it_was_interrupted(known, model, processor, folder, tmp_p
 
 def test_an_evaluator_in_training_says_the_same(known, model, processor, folder):
     given = OPTIONS | {"path": str(folder / "own.jsonl")}
-    found = harness.make_evaluator(processor, **given)(model)
+    found = harness.make_evaluator(processor, "own", **given)(model)
     assert found["accuracy"] == (3 / 11, 1.0)
     assert found["truncated"] == (QUESTIONS - 2, QUESTIONS) and found["broken"] == (2, QUESTIONS)
     assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)

@@ -20,6 +20,7 @@ from pvm_jax.checkpoint import load_params, open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
 from pvm_jax.training.report import NonFiniteLoss, Reporter
+from pvm_jax.training.setup import Evaluator
 from pvm_jax.training.stage import StageBatch, TrainingError
 from pvm_jax.training.workdir import refuse_other_configuration
 
@@ -244,6 +245,32 @@ def test_metric_beyond_its_bound_is_said(tmp_path, capfd):
     assert said == ["warning: step 2: gap is 1.25, expected at most 1"]
 
 
+def test_a_line_after_the_last_step_alone(tmp_path):
+    reporter = Reporter(tmp_path, 0, 3, every=0)
+    for step in (1, 2, 3):
+        drawn = StageBatch(batch=None, ids=("a",), tokens=4)
+        reporter.step(step, drawn, {"loss": (step, 1), "grad_norm": (1.0, 1), "finite": (True, 1)})
+    reporter.flush()
+    reporter.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(3, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"module": "pvm_jax.evals.harness"},
+            r"config.evals.mmstar.every: expected steps between evaluations, 0: only",
+        ),
+        ({"every": 3}, r"config.evals.mmstar.module: expected a Python module, found nothing"),
+        ({"module": "pvm_jax.evals.harness", "every": 3, "sedds": 1}, r"config.evals.mmstar: unknown keys \['sedds'\]"),
+    ],
+)
+def test_an_evaluator_that_cannot_be_is_named(processor_dir, entry, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluator.make("mmstar", Processor.from_pretrained(processor_dir), entry)
+
+
 def test_what_is_printed_tells_whether_data_is_the_bottleneck(tmp_path, capsys):
     """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere.
 
@@ -403,7 +430,7 @@ class Biased(sft.SFT):
 """
 
 EVALUATOR = """
-def make_evaluator(processor, *, shift):
+def make_evaluator(processor, name, *, shift):
     def evaluate(model):
         gate = model.text.layers["1"].pvm_block.gate_alpha[...]
         return {"gate": (abs(float(gate[0, 0])) * 4 + shift, 4), "nothing": (0, 0)}

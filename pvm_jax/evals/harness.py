@@ -252,19 +252,23 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
     return summary, records, aggregate.table(summary)
 
 
-def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
-    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count)."""
-    prepared = Prepared.of("NAME", processor, options)
+def make_evaluator(
+    processor: Processor, name: str, **options: Any
+) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
+    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count).
+
+    `name` is that of its entry in `config.evals`.
+    """
+    prepared = Prepared.of(name, processor, options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
         records = [record for batch in prepared.answers(model) for record in batch]
         if jax.process_index() == 0:  # which logs
             records = prepared.judged(records)
         summary = prepared.summary(records)
-        found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
-        found |= {
-            name: (summary[name]["right"], summary[name]["count"]) for name in ("truncated", "unparsed", "broken")
-        }
+        found = {score: (of["value"], 1.0) for score, of in summary["scores"].items()}
+        shares = ("truncated", "unparsed", "broken")
+        found |= {share: (summary[share]["right"], summary[share]["count"]) for share in shares}
         return found | {"tokens": (sum(record.tokens for record in records), len(records))}
 
     return evaluator

@@ -232,10 +232,20 @@ class Evaluator:
 
     @classmethod
     def make(cls, name: str, processor: Any, options: Mapping[str, Any]) -> "Evaluator":
-        """`module` and `every` are ours, the rest goes to the module's `make_evaluator(processor, **options)`."""
+        """`module` and `every` are ours, the rest goes to the module's `make_evaluator(processor, name, **options)`.
+
+        Raises:
+          TrainingError: one of the two is missing, or the module is not there.
+        """
         options = dict(options)
+        for key, what in (
+            ("module", "a Python module"),
+            ("every", "steps between evaluations, 0: only after the last"),
+        ):
+            if options.get(key) is None:
+                raise TrainingError(f"config.evals.{name}.{key}: expected {what}, found nothing")
         make = plug_in(options.pop("module"), "make_evaluator", f"config.evals.{name}.module")
-        return cls(name, options.pop("every"), make(processor, **options))
+        return cls(name, options.pop("every"), make(processor, name, **options))
 
     def __call__(self, model: nnx.Module) -> dict[str, float]:
         results = self.evaluate(model).items()
