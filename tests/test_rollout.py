@@ -82,6 +82,26 @@ def test_completions_with_advantage_0_are_kept_where_they_count(small_checkpoint
     assert len(begin(stage)[0].ids) == 12
 
 
+def test_a_rollout_goes_on_with_the_rows_it_began_with(small_checkpoint, prompts, undrawn, tmp_path):
+    """Other micro-batches are fine as long as completions stand where they stood: `old` belongs to their tokens."""
+    policy = lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def started(micro_batches: int) -> grpo.GRPO:
+        return make(small_checkpoint, prompts, workdir=tmp_path, iterations=2, micro_batches=micro_batches)
+
+    first = started(1)
+    first._score = lambda model, batch: np.where(batch.batch.loss_weights > 0, -1, 0).astype(np.float32)
+    begun = first.next_batch(0, policy)
+    np.testing.assert_array_equal(started(2).next_batch(1, policy).batch.old, begun.batch.old)
+    message = "this rollout was begun on another mesh or with other micro-batches, and has other rows; go on with those"
+    with pytest.raises(TrainingError, match=message):
+        started(3).next_batch(1, policy)
+    rollout = first._now[0]
+    dataclasses.replace(rollout, old=np.roll(rollout.old, 1, axis=0)).save(rollouts.file(tmp_path, 0))
+    with pytest.raises(TrainingError, match=message):
+        started(1).next_batch(1, policy)
+
+
 def test_data_settings_reach_the_prompts(small_checkpoint, prompts):
     stage = make(small_checkpoint, prompts, data={"instruction": "Tag it.", "system": "Think."})
     for prompt in stage._draw(0)[0]:

@@ -101,6 +101,7 @@ class GRPO:
         self._reference: nnx.Module | None = None
         self._now: tuple[Rollout, StageBatch] | None = None
         self.steps_per_epoch = max(len(prompts) // settings.prompts, 1) * settings.iterations
+        self.data_rows = {"prompts": len(prompts)}
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         return self._objective.make_extra(rngs)
@@ -154,12 +155,14 @@ class GRPO:
                 if share.index == 0:
                     rollout.save(kept)
                     rollouts.forget(self._setup.workdir, settings.iterations, number)
-            if (len(share.rows(len(rollout.old))), rollout.old.shape[1]) != batch.advantages.shape:
+            old = self._mine(rollout.old)
+            # Rows of another number may be packed otherwise; log-probabilities then stand where nothing is learned.
+            if old.shape != batch.advantages.shape or old[batch.batch.loss_weights == 0].any():
                 raise TrainingError(
-                    f"{kept}: this rollout was begun on another mesh, with other rows; go on with the mesh of before, "
-                    "or start again from an older checkpoint"
+                    f"{kept}: this rollout was begun on another mesh or with other micro-batches, and has other rows; "
+                    "go on with those of before, or start again from an older checkpoint"
                 )
-            batch = dataclasses.replace(batch, old=self._mine(rollout.old))
+            batch = dataclasses.replace(batch, old=old)
         info = StageBatch(
             batch=batch,
             ids=tuple(f"{prompts[i // rollout.group].id}#{i % rollout.group}" for i in members),

@@ -51,6 +51,7 @@ class SFT:
         self._ahead: Iterator[tuple[Any, BatchInfo]] | None = None
         self._next_step = -1
         self.steps_per_epoch = loader.steps_per_epoch()
+        self.data_rows = {stream.name: len(stream.source) for stream in loader.streams}
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         return None
