@@ -3,12 +3,13 @@
 Works on any flag whose value has `to_dict()`, so that the package needs no ml_collections.
 """
 
+import argparse
 import difflib
 import errno
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -21,6 +22,13 @@ _PATHS = {
     errno.ENOTDIR: "expected a directory, and a part of this path is a file",
 }
 """What to do about paths that cannot be used, by the error's number."""
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands without absl flags: a mistake is one sentence, and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}; see --help\n")
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
