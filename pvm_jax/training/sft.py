@@ -115,7 +115,15 @@ def make_loader(setup: Setup) -> Loader:
                 "pass --config.data.path=FILE"
             )
         source = open_source(values["path"], **_chosen(values, SOURCE_KEYS))
-        opened.append(Stream(source=source, name=name, **_chosen(values, STREAM_KEYS)))
+        opened.append(stream := Stream(source=source, name=name, **_chosen(values, STREAM_KEYS)))
+        if stream.samples < setup.row_multiple and setup.share.index == 0:
+            logging.warning(
+                "stream %r: a step has %d samples for %d rows (mesh data x fsdp x micro_batches), and the others stay "
+                "empty; fewer micro_batches, a larger mesh.tensor or more data.samples would fill them",
+                name,
+                stream.samples,
+                setup.row_multiple,
+            )
     return Loader(
         opened,
         setup.processor,
