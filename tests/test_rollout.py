@@ -9,7 +9,9 @@ from grpo_stages import LIMIT, make, write_prompts
 
 import configs.digits_grpo
 import configs.grpo
+from pvm_jax.data.share import Share
 from pvm_jax.decoding import Completions
+from pvm_jax.grading import GradingError
 from pvm_jax.training import grpo
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.policy_loss import advantages, token_weights
@@ -122,6 +124,21 @@ def test_each_epoch_and_each_seed_has_its_order(small_checkpoint, prompts):
     stage._setup = dataclasses.replace(stage._setup, seed=4)
     assert sorted(order(0)) == sorted(first) and order(0) != first
     assert stage.steps_per_epoch == 6, "three rollouts of two steps"
+
+
+def test_a_grader_that_is_not_there_is_said_before_anything_is_drawn(small_checkpoint, prompts, monkeypatch):
+    """By the process that grades."""
+
+    class Absent:
+        def grade(self, given, gold):
+            raise GradingError("no grader")
+
+    monkeypatch.setattr("pvm_jax.training.rewards._GRADER", Absent())
+    graded = {"rewards": (("grpo_rewards:even", 0.1), ("pvm_jax.training.rewards:accuracy_reward", 0.9))}
+    with pytest.raises(GradingError, match="no grader"):
+        make(small_checkpoint, prompts, **graded)
+    make(small_checkpoint, prompts, share=Share(1, 2), **graded).close()
+    make(small_checkpoint, prompts).close()  # nothing to grade
 
 
 def test_what_a_rollout_asks_the_decoder_for(small_checkpoint, prompts, monkeypatch):

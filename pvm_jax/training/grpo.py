@@ -53,6 +53,9 @@ SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
 def make_stage(setup: Setup, **options: Any) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.grpo"`."""
     settings = Settings.make(options)
+    rewards = Rewards(settings.rewards, settings.reward_errors)
+    if setup.share.index == 0:  # which alone will ask them; if it fails, `distributed.Cluster` ends the others
+        rewards.check()
     data = {key: value for key, value in setup.data.items() if value is not None}
     if unknown := sorted(set(data) - {"path", *DATA_KEYS, *SHAPE_KEYS}):
         raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
@@ -74,7 +77,6 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
             f"config.stage.max_new_tokens: expected less than the largest config.data.length, {max(shapes.lengths)}, "
             f"got {settings.max_new_tokens}: a row to learn from holds a prompt and its completion"
         )
-    rewards = Rewards(settings.rewards, settings.reward_errors)
     return GRPO(setup, settings, shapes, prompts, rewards)
 
 

@@ -34,7 +34,8 @@ class ModelOptions:
       dtype: compute dtype and dtype of frozen parameters; None: float32 on CPUs, bfloat16 on accelerators.
       remat: recompute layers in the backward pass.
       attention: "auto" (by the mesh's platform), "xla", "splash" (TPU) or "cudnn" (CUDA).
-      size: the released size that `path` should have; `pvm_jax.plan` takes its shapes where no path is given.
+      size: the released size that a recipe is for; `pvm_jax.plan` takes its shapes where no path is given, and a run
+        those of the path.
       lora: adapters that the model gains, see `add_lora`.
     """
 
