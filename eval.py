@@ -31,6 +31,7 @@ config_flags.DEFINE_config_file(
 )
 flags.DEFINE_string("workdir", None, "Directory of the results; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
+cli.refuse_addresses("workdir")
 distributed.define_flags()
 
 PATIENCE = 86_400.0

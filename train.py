@@ -37,11 +37,12 @@ from pvm_jax.training.report import Reporter, due
 from pvm_jax.training.setup import Blueprint, Evaluator, ModelOptions, add_lora, load_stage, total_steps
 from pvm_jax.training.stage import Setup
 from pvm_jax.training.step import abstract_state, compiled, init_state, make_update, put_batch
-from pvm_jax.training.workdir import claim
+from pvm_jax.training.workdir import claim, refuse_model_directory, refuse_other_data
 
 config_flags.DEFINE_config_file("config", None, "File with get_config(), e.g. configs/sft.py:8b.", lock_config=True)
 flags.DEFINE_string("workdir", None, "Directory of checkpoints and metrics; made if it is not there.")
 flags.mark_flags_as_required(["config", "workdir"])
+cli.refuse_addresses("workdir")
 distributed.define_flags()
 
 
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> int:
 def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> int:
     """Trains to the last step (returns 0), or to a SIGTERM (`distributed.PREEMPTED`)."""
     # ---- Configuration: plain values from here on ----------------------------------------------------------------
+    refuse_model_directory(workdir)
     resolved: dict[str, Any] = config.to_dict()
     seed, micro_batches = config.seed, config.micro_batches
     if config.compilation_cache:
@@ -113,9 +115,11 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     # 3. config.model.init="random": random values by config.seed
     frozen = blueprint.parameters(source, seed, partition.frozen)
     meta: dict[str, Any] = {}
+    data = {"rows": dict(stage.data_rows), "steps": steps}
     if start:
         abstract = abstract_state(optimizer, {n: blueprint.abstract[n] for n in partition.trainable}, mesh)
         state, meta = checkpoints.restore(start, abstract)
+        refuse_other_data(workdir, meta, data)
         say(f"resuming from step {start} of {workdir}")
     else:
         state = init_state(optimizer, blueprint.parameters(source, seed, partition.trainable), mesh)
@@ -150,8 +154,7 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
             stopping = step < steps and cluster.stop_after(step)
             if stopping or due(step, config.checkpoint.every, steps):
                 reporter.flush()
-                position = {"seed": seed, "data": {"next_step": step}, "metrics": reporter.sums(), "config": resolved}
-                checkpoints.save(step, state, position)
+                checkpoints.save(step, state, {"metrics": reporter.sums(), **data})
             if stopping:
                 checkpoints.wait()
                 say(f"stopped by SIGTERM after step {step} of {steps}; start again to go on")

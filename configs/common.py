@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
                 "dtype": placeholder(str),  # None: float32 on CPUs, bfloat16 on accelerators
                 "remat": False,  # recompute each layer in the backward pass
                 "attention": "auto",  # by platform: "splash" on TPU, "cudnn" on CUDA, else the reference, "xla"
-                "size": placeholder(str),  # the released size that `path` should have; pvm_jax.plan needs no path then
+                "size": placeholder(str),  # released size of which pvm_jax.plan takes shapes where there is no path
                 "lora": {  # low-rank adapters that the model gains; `freeze` must let them train
                     "rank": 0,  # 0: none
                     "alpha": placeholder(float),  # they are scaled by alpha / rank; None: not at all
@@ -80,8 +80,8 @@ def get_config() -> ConfigDict:
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: the devices that are left
             "checkpoint": {"every": 500, "keep": 2},  # 0: only the last step
-            "evals": {},  # {name: {"module": ..., "every": steps, options}}; the module has make_evaluator
-            "log_every": 10,
+            "evals": {},  # {name: {"module": ..., "every": steps, options}}: see docs/evaluation.md
+            "log_every": 10,  # 0: only after the last step
             "compilation_cache": placeholder(str),  # directory of compiled programs, shared by runs
         }
     )

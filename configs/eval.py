@@ -38,7 +38,9 @@ def get_config(argument: str = "") -> ConfigDict:
             "checkpoint": placeholder(str),  # Hugging Face directory, native checkpoint, or training workdir
             "dtype": placeholder(str),  # None: float32 on CPUs, bfloat16 on accelerators
             "processor": {},
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},  # -1: the devices that are left
+            # -1: the devices that are left, each with the whole model and a share of the questions. Where one device
+            # cannot hold it, `tensor` splits it; docs/evaluation.md says how much.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "evals": {name: entry(name, protocol) for name in names},
         }
     )
@@ -64,6 +66,7 @@ def entry(benchmark: str, protocol: str) -> dict:
         "prompt_length": (512, 1024, 2048, 4096, 8192, 16_384),  # tokens of a prompt; each is a program
         "patches": (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536),
         "threads": 16,
+        "weights": "gathered",  # over mesh.fsdp, before the first question; "split" needs less memory and more time
         # A model behind an OpenAI-compatible endpoint, without a base_url nobody; the key's environment variable.
         "judge": {"base_url": placeholder(str), "model": placeholder(str), "key_variable": ""},
         "random_seed": placeholder(int),  # draws a letter where there is none, as some toolkits do

@@ -67,8 +67,6 @@ def get_config(argument: str = "8b") -> ConfigDict:
     config.data.threads = 16
     # 1.6 megapixels, 1,568 visual tokens: the checkpoint's own limit lets one image fill 16,384 tokens.
     config.processor.max_pixels = 1_605_632
-    # The 32B model's frozen weights alone are 64 GB: split over the slice; fewer rows at a time.
-    config.micro_batches = 2 if size == "32b" else 1
     if "lora" in words:
         config.model.lora.rank = 64
         config.freeze = common.PVM_AND_LORA
@@ -80,7 +78,6 @@ def get_config(argument: str = "8b") -> ConfigDict:
 def shrink(config: ConfigDict) -> None:
     """A few small steps on any machine."""
     config.steps = 4
-    config.micro_batches = 1
     config.model.remat = False
     config.processor.max_pixels = 4096
     config.data.samples = 2

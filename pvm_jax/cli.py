@@ -3,17 +3,32 @@
 Works on any flag whose value has `to_dict()`, so that the package needs no ml_collections.
 """
 
+import argparse
 import difflib
 import errno
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 USAGE_ERROR = 2
 """Exit status of a command line or configuration that cannot be used; a run that breaks exits with 1."""
+
+
+_PATHS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "expected a place that this user may read and write"),
+    errno.ENOTDIR: "expected a directory, and a part of this path is a file",
+}
+"""What to do about paths that cannot be used, by the error's number."""
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands without absl flags: a mistake is one sentence, and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"error: {message}; see --help\n")
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> None:
@@ -37,6 +52,8 @@ def sentence(error: BaseException) -> str | None:
     """What a user can put right, in one sentence; None for a bug, which needs its traceback."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'a file'} could not be written ({error.strerror}); free some space and start again"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _PATHS:
+        return f"{error.filename}: {error.strerror}; {_PATHS[error.errno]}"
     # The package's own ValueErrors (ConfigError, DataError, ...) say what to do; any other is a bug.
     return str(error) if isinstance(error, ValueError) and type(error).__module__.startswith("pvm_jax.") else None
 
@@ -53,6 +70,15 @@ def parse(argv: Sequence[str]) -> list[str]:
         sys.exit(_complain(_one_line(error), USAGE_ERROR))
     except (flags.Error, AttributeError, KeyError, ValueError) as error:
         sys.exit(_complain(_unknown_key(argv) or _one_line(error), USAGE_ERROR))
+
+
+def refuse_addresses(flag: str) -> None:
+    """Has `parse` refuse values such as gs://bucket/run, which would become a folder called "gs:"."""
+    flags.register_validator(
+        flag,
+        lambda value: value is None or "://" not in value,
+        "expected a directory; mount a bucket (Cloud Storage FUSE, s3fs, ...) and name where it is mounted",
+    )
 
 
 def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -22,13 +22,13 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from pvm_jax import hf_check
+from pvm_jax import cli, hf_check
 from pvm_jax.checkpoint import CheckpointError, open_checkpoint, save_native
 from pvm_jax.config import MEMORY_MASKS, ConfigError, ModelConfig, read_json
 from pvm_jax.data.images import DataError
@@ -306,11 +306,6 @@ def _by_layer(table: Iterable[Leaf]) -> list[tuple[Leaf, Tensor]]:
     return sorted(((leaf, tensor) for leaf in table for tensor in leaf.tensors), key=place)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part)
@@ -319,8 +314,8 @@ def _layers(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pvm_jax.convert", description="Hugging Face <-> native checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    parser = cli.Parser(prog="python -m pvm_jax.convert", description="Hugging Face <-> native checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=cli.Parser)
     from_hf = commands.add_parser("from_hf", help="a Hugging Face directory becomes a native checkpoint")
     to_hf = commands.add_parser(
         "to_hf", help="a native checkpoint or training workdir becomes a Hugging Face directory"

@@ -15,12 +15,13 @@ import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import jax
 from jax.sharding import Mesh
 
 import pvm_jax
+from pvm_jax import cli
 from pvm_jax.checkpoint import CheckpointError
 from pvm_jax.config import ConfigError
 from pvm_jax.data.batch import Batch
@@ -155,13 +156,8 @@ class _CallableModule(types.ModuleType):
         return generate(*args, **kwargs)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see --help\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pvm_jax.generate", description="Answers one question about images or videos.")
+    parser = cli.Parser(prog="python -m pvm_jax.generate", description="Answers one question about images or videos.")
     add = parser.add_argument
     add("--checkpoint", required=True, help="Hugging Face directory, native checkpoint or training workdir")
     add("--prompt", required=True, help="the question; images and videos stand before it")

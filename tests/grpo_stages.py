@@ -8,12 +8,14 @@ import tiny
 
 from pvm_jax.checkpoint import open_checkpoint
 from pvm_jax.data.processor import Processor
+from pvm_jax.data.share import Share
 from pvm_jax.sharding import make_mesh
 from pvm_jax.training import grpo
 from pvm_jax.training.stage import Setup
 
 SIZES = ((32, 64), (64, 96), (32, 32), (96, 64))
 LIMIT = 12
+ALONE = Share()
 
 
 def write_prompts(folder: Path) -> Path:
@@ -28,7 +30,9 @@ def write_prompts(folder: Path) -> Path:
     return folder / "prompts.jsonl"
 
 
-def make(small_checkpoint, file, workdir=None, mesh=None, micro_batches=1, data=None, **options) -> grpo.GRPO:
+def make(
+    small_checkpoint, file, workdir=None, mesh=None, micro_batches=1, data=None, share=ALONE, **options
+) -> grpo.GRPO:
     data = {"path": str(file), "layout": "trl", "prompt_length": (112,), "length": (144,), "patches": (96,),
             "pack": True, "bad_rows": "error"} | (data or {})  # fmt: skip
     mesh = mesh or make_mesh(fsdp=1, devices=jax.devices()[:1])
@@ -39,6 +43,7 @@ def make(small_checkpoint, file, workdir=None, mesh=None, micro_batches=1, data=
         data,
         seed=3,
         row_multiple=multiple,
+        share=share,
         workdir=workdir,
         mesh=mesh,
         micro_batches=micro_batches,

@@ -33,7 +33,7 @@ STEPS = 6
 EVALUATOR = """
 import os, signal
 
-def make_evaluator(processor, *, kill_at):
+def make_evaluator(processor, name, *, kill_at):
     steps = []
     def evaluate(model):
         steps.append(len(steps))
@@ -237,10 +237,19 @@ def test_full_disk_during_a_save(run, whole, tmp_path, monkeypatch, capsys):
     assert same(tmp_path / "w", whole)
 
 
-def test_full_disk_elsewhere_is_a_sentence_too():
+def test_paths_that_cannot_be_used_are_sentences_too(tmp_path):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
     expected = "metrics.jsonl could not be written (No space left on device); free some space and start again"
     assert cli.sentence(error) == expected
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as error:
+        (tmp_path / "file" / "run").mkdir()
+    assert cli.sentence(error.value).startswith(
+        f"{tmp_path}/file/run: Not a directory; expected a directory, and a part"
+    )
+    denied = cli.sentence(PermissionError(errno.EACCES, "Permission denied", "/root/run"))
+    assert denied == "/root/run: Permission denied; expected a place that this user may read and write"
+    assert cli.sentence(PermissionError(errno.EPERM, "not of a file")) is None
     assert cli.sentence(OSError(errno.ENOENT, "?")) is None and cli.sentence(ValueError("a bug")) is None
 
 

@@ -236,7 +236,7 @@ def test_models_without_image_memory_have_no_such_ablation(model_dir, processor,
 
 def test_evaluator_of_the_training_loop_returns_sums_and_counts(model_dir, processor, protocol):
     options = dataclasses.asdict(protocol) | {"splits": ("test_128",), "conditions": ("normal",), "limit": 2}
-    metrics = make_evaluator(processor, **options)(make_model(model_dir, pvm=False))
+    metrics = make_evaluator(processor, "digits", **options)(make_model(model_dir, pvm=False))
     assert set(metrics) == {f"test_128/normal/{name}" for name in ("exact", "reads", "text")}
     assert metrics["test_128/normal/exact"][1] == 2
 
@@ -244,7 +244,7 @@ def test_evaluator_of_the_training_loop_returns_sums_and_counts(model_dir, proce
 def test_the_next_evaluation_of_a_run_compiles_nothing(model_dir, processor, protocol):
     """A training loop puts its model together anew each time."""
     options = dataclasses.asdict(protocol) | {"splits": ("test_128",), "conditions": ("normal",), "limit": 2}
-    evaluator, model = make_evaluator(processor, **options), make_model(model_dir, pvm=False)
+    evaluator, model = make_evaluator(processor, "digits", **options), make_model(model_dir, pvm=False)
     first = evaluator(model)
     compiled = scoring._score._cache_size()
     assert evaluator(nnx.merge(*nnx.split(model))) == first

@@ -20,6 +20,7 @@ from grpo_stages import LIMIT, make
 from test_multihost import Pair
 from training_runs import Setting, without_speeds
 
+from pvm_jax import decoding_weights
 from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.data.images import DataError
 from pvm_jax.decoding import Completions
@@ -298,10 +299,10 @@ def test_matrices_are_cast_for_decoding_and_compiled_once(model):
     """Trained parameters are fp32 where the model computes in bf16; the second rollout compiles nothing."""
     half = nnx.clone(model)
     half.dtype = jnp.dtype("bfloat16")
-    rollouts.for_decoding(half)
-    compiled = rollouts.copied._cache_size()
-    cast = rollouts.for_decoding(half)
-    assert rollouts.copied._cache_size() == compiled > 0
+    decoding_weights.for_decoding(half)
+    compiled = decoding_weights.copied._cache_size()
+    cast = decoding_weights.for_decoding(half)
+    assert decoding_weights.copied._cache_size() == compiled > 0
     assert cast.text.norm[...].dtype == jnp.float32 and cast.text.embed_tokens[...].dtype == jnp.bfloat16
 
 
@@ -449,10 +450,10 @@ def test_samples_of_any_text_and_of_what_functions_log(tmp_path):
 def test_decoding_reads_matrices_in_the_compute_dtype(small_checkpoint):
     """A decode step is bound by what it reads. Norms, biases and gates stay as they are: they are small, and exact."""
     model = load_model(small_checkpoint, scan=True)
-    same = zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, rollouts.for_decoding(model))))
+    same = zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, decoding_weights.for_decoding(model))))
     assert all(x is y for x, y in same), "computed in fp32"
     policy = Qwen3VL(open_checkpoint(small_checkpoint).config, rngs=nnx.Rngs(0), dtype=jax.numpy.bfloat16, scan=True)
-    before, after = (nnx.to_flat_state(nnx.state(m)) for m in (policy, rollouts.for_decoding(policy)))
+    before, after = (nnx.to_flat_state(nnx.state(m)) for m in (policy, decoding_weights.for_decoding(policy)))
     dtypes = {"/".join(map(str, path)): variable[...].dtype.name for path, variable in after}
     exact = {name for name, dtype in dtypes.items() if dtype == "float32"}
     assert {v[...].dtype.name for _, v in before} == {"float32"} and set(dtypes.values()) == {"float32", "bfloat16"}

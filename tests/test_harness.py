@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 import tiny
+from flax import nnx
 
 import configs.eval as eval_config
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.images import DataError
 from pvm_jax.data.processor import Processor
+from pvm_jax.decoding import complete
 from pvm_jax.evals import asking, harness, rescore
 from pvm_jax.evals.extract import final_text
 from pvm_jax.evals.judge import Judge, Judgement
@@ -103,12 +106,20 @@ def test_a_question_is_answered_the_same_in_any_batch(known, model, processor, f
     assert ask(model, processor, folder, rows=rows, prompt_length=prompt_length) == known
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_shards_do_not_change_a_record(known, small_checkpoint, processor, folder, devices):
-    import jax
-
+@pytest.mark.parametrize("devices, weights", [(2, "split"), (8, "gathered")])
+def test_shards_do_not_change_a_record(known, small_checkpoint, processor, folder, monkeypatch, devices, weights):
+    """Nor does it matter whether each device answers with all of the weights; the tower is read once a question."""
+    drawn = []
+    monkeypatch.setattr(
+        asking, "complete", lambda model, *args, **more: drawn.append(model) or complete(model, *args, **more)
+    )
     mesh = make_mesh(fsdp=devices, devices=jax.devices()[:devices])
-    assert ask(load_model(small_checkpoint, scan=True, mesh=mesh), processor, folder, mesh) == known
+    model = load_model(small_checkpoint, scan=True, mesh=mesh)
+    assert ask(model, processor, folder, mesh, weights=weights) == known
+    for one in drawn:
+        split = {path[0] for path, x in nnx.to_flat_state(nnx.state(one)) if "fsdp" in x[...].sharding.spec}
+        assert split == ({"visual"} if weights == "gathered" else {"visual", "text"})
+    assert len({id(one) for one in drawn}) == 1 < len(drawn), "gathered once"
 
 
 def test_seeds_draw_different_answers_that_batches_do_not_change(model, processor, folder):
@@ -165,7 +176,6 @@ def test_goes_on_where_it_was_interrupted(known, model, processor, folder, tmp_p
             raise KeyboardInterrupt
         return complete(*args, **kwargs)
 
-    complete = asking.complete
     monkeypatch.setattr(asking, "complete", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, processor, folder, tmp_path)
@@ -182,7 +192,7 @@ def test_goes_on_where_it_was_interrupted(known, model, processor, folder, tmp_p
 
 def test_an_evaluator_in_training_says_the_same(known, model, processor, folder):
     given = OPTIONS | {"path": str(folder / "own.jsonl")}
-    found = harness.make_evaluator(processor, **given)(model)
+    found = harness.make_evaluator(processor, "own", **given)(model)
     assert found["accuracy"] == (3 / 11, 1.0)
     assert found["truncated"] == (QUESTIONS - 2, QUESTIONS) and found["broken"] == (2, QUESTIONS)
     assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)
@@ -253,6 +263,7 @@ def test_what_cannot_be_used_is_one_sentence(processor, folder):
         ({"max_pixels": -1}, r"expected 0 < min_pixels <= max_pixels"),
         ({"judge": {"url": "x"}}, r"config\.evals\.own\.judge: unknown keys \['url'\]"),
         ({"judge_when": "never"}, r"judge_when: expected one of \['unparsed', 'wrong', 'all'\], got 'never'"),
+        ({"weights": "whole"}, r"config\.evals\.own\.weights: expected one of \['gathered', 'split'\], got 'whole'"),
         ({"rule": "exactly"}, r"config\.evals\.own\.rule: expected one of .*'exact'.*, got 'exactly'"),
     ):
         with pytest.raises(ResultError, match=message):

@@ -20,7 +20,7 @@ LEVELS = (
     ("sharding",),
     ("models", "data"),
     ("hf_names", "hf_weights", "orbax_io", "fingerprint", "sampling"),
-    ("convert", "checkpoint", "decoding", "generate", "hf_check", "lora_files"),
+    ("convert", "checkpoint", "decoding", "decoding_weights", "generate", "hf_check", "lora_files"),
     ("training", "evals", "analysis"),
     ("planning",),
     ("plan",),

@@ -42,7 +42,7 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="module")
 def model():
     # Of eight devices; five rows do not divide by them.
-    return PVMJax(checkpoint=str(BASE), min_pixels=0, max_pixels=0, system_prompt="", batch_size=5, fsdp=-1.0)
+    return PVMJax(checkpoint=str(BASE), min_pixels=0, max_pixels=0, system_prompt="", batch_size=5, data=-1.0)
 
 
 @pytest.fixture(scope="module")

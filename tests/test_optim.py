@@ -15,10 +15,11 @@ from flax import nnx
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.packing import collate
 from pvm_jax.data.processor import Processor
+from pvm_jax.models.layers import VECTORS
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.training.freeze import Partition, describe, flatten, trainable_names
 from pvm_jax.training.losses import cross_entropy
-from pvm_jax.training.optim import NO_DECAY, OptimizerConfig, make_optimizer, make_schedule
+from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.stage import StageBatch, TrainingError
 from pvm_jax.training.step import TrainState, loss_and_gradients, make_update, micro_batch
 
@@ -153,7 +154,7 @@ def test_weight_decay_spares_vectors_of_every_layer(model):
     for name, variable in flatten(nnx.state(model)).items():
         axes = [axis for axis in variable.get_metadata("axes") if axis not in ("layers", "qkv")]
         is_bias = name.endswith("bias")
-        assert bool(re.search(NO_DECAY, name)) == (len(axes) == 1 or is_bias), name
+        assert bool(VECTORS.search(name)) == (len(axes) == 1 or is_bias), name
 
 
 def test_optimizer_options_are_checked():

@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh
 
 import configs.grpo
-from pvm_jax import decoding
+from pvm_jax import decoding, decoding_weights
 from pvm_jax.checkpoint import open_checkpoint
 from pvm_jax.plan import Plan, chosen
 from pvm_jax.planning import estimate, topology
@@ -22,8 +22,6 @@ from pvm_jax.planning.programs import programs
 from pvm_jax.planning.recipe import Recipe, model_config
 from pvm_jax.planning.topology import PlanError
 from pvm_jax.sharding import MESH_AXES, make_mesh
-from pvm_jax.training import rollout
-from pvm_jax.training.rollout import for_decoding
 from pvm_jax.training.setup import Blueprint, ModelOptions
 from pvm_jax.training.step import put_batch
 
@@ -257,7 +255,12 @@ def compared(small_checkpoint, tmp_path_factory) -> dict:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((rollout, "copied"), (decoding, "prefill"), (decoding, "grow"), (decoding, "decode")):
+        for module, name in (
+            (decoding_weights, "copied"),
+            (decoding, "prefill"),
+            (decoding, "grow"),
+            (decoding, "decode"),
+        ):
             patch.setattr(module, name, recorded(module, name))
         info = stage.next_batch(0, lambda: blueprint.partition.merge(trainable, frozen))
     return {
@@ -270,7 +273,7 @@ def compared(small_checkpoint, tmp_path_factory) -> dict:
 
 def _models(blueprint: Blueprint, trainable: dict, frozen: dict) -> tuple:
     model = blueprint.partition.merge(trainable, frozen)
-    return nnx.split(model)[1], nnx.split(for_decoding(model))[1]
+    return nnx.split(model)[1], nnx.split(decoding_weights.for_decoding(model))[1]
 
 
 @pytest.mark.parametrize(

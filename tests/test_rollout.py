@@ -9,7 +9,9 @@ from grpo_stages import LIMIT, make, write_prompts
 
 import configs.digits_grpo
 import configs.grpo
+from pvm_jax.data.share import Share
 from pvm_jax.decoding import Completions
+from pvm_jax.grading import GradingError
 from pvm_jax.training import grpo
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.policy_loss import advantages, token_weights
@@ -82,6 +84,26 @@ def test_completions_with_advantage_0_are_kept_where_they_count(small_checkpoint
     assert len(begin(stage)[0].ids) == 12
 
 
+def test_a_rollout_goes_on_with_the_rows_it_began_with(small_checkpoint, prompts, undrawn, tmp_path):
+    """Other micro-batches are fine as long as completions stand where they stood: `old` belongs to their tokens."""
+    policy = lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0))  # noqa: E731
+
+    def started(micro_batches: int) -> grpo.GRPO:
+        return make(small_checkpoint, prompts, workdir=tmp_path, iterations=2, micro_batches=micro_batches)
+
+    first = started(1)
+    first._score = lambda model, batch: np.where(batch.batch.loss_weights > 0, -1, 0).astype(np.float32)
+    begun = first.next_batch(0, policy)
+    np.testing.assert_array_equal(started(2).next_batch(1, policy).batch.old, begun.batch.old)
+    message = "this rollout was begun on another mesh or with other micro-batches, and has other rows; go on with those"
+    with pytest.raises(TrainingError, match=message):
+        started(3).next_batch(1, policy)
+    rollout = first._now[0]
+    dataclasses.replace(rollout, old=np.roll(rollout.old, 1, axis=0)).save(rollouts.file(tmp_path, 0))
+    with pytest.raises(TrainingError, match=message):
+        started(1).next_batch(1, policy)
+
+
 def test_data_settings_reach_the_prompts(small_checkpoint, prompts):
     stage = make(small_checkpoint, prompts, data={"instruction": "Tag it.", "system": "Think."})
     for prompt in stage._draw(0)[0]:
@@ -102,6 +124,21 @@ def test_each_epoch_and_each_seed_has_its_order(small_checkpoint, prompts):
     stage._setup = dataclasses.replace(stage._setup, seed=4)
     assert sorted(order(0)) == sorted(first) and order(0) != first
     assert stage.steps_per_epoch == 6, "three rollouts of two steps"
+
+
+def test_a_grader_that_is_not_there_is_said_before_anything_is_drawn(small_checkpoint, prompts, monkeypatch):
+    """By the process that grades."""
+
+    class Absent:
+        def grade(self, given, gold):
+            raise GradingError("no grader")
+
+    monkeypatch.setattr("pvm_jax.training.rewards._GRADER", Absent())
+    graded = {"rewards": (("grpo_rewards:even", 0.1), ("pvm_jax.training.rewards:accuracy_reward", 0.9))}
+    with pytest.raises(GradingError, match="no grader"):
+        make(small_checkpoint, prompts, **graded)
+    make(small_checkpoint, prompts, share=Share(1, 2), **graded).close()
+    make(small_checkpoint, prompts).close()  # nothing to grade
 
 
 def test_what_a_rollout_asks_the_decoder_for(small_checkpoint, prompts, monkeypatch):

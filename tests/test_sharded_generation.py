@@ -9,12 +9,12 @@ from flax import nnx
 from pvm_jax import decoding
 from pvm_jax.checkpoint import load_model
 from pvm_jax.data.processor import Processor
+from pvm_jax.decoding_weights import for_decoding
 from pvm_jax.evals.scoring import make_scorer
 from pvm_jax.generate import encode, make_batch
 from pvm_jax.planning.hlo import Program
 from pvm_jax.sampling import Sampling, row_keys
 from pvm_jax.sharding import make_mesh
-from pvm_jax.training.rollout import for_decoding
 
 ROWS = 4
 SHAPE = {"data": 2, "fsdp": 2, "tensor": 2}

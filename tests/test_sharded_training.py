@@ -1,5 +1,6 @@
 """Losses, gradients and ten steps of SFT on meshes of eight simulated devices, against one device."""
 
+import dataclasses
 import re
 from typing import NamedTuple
 
@@ -50,6 +51,15 @@ class Run(NamedTuple):
     losses: list[float]
     gradients: dict[str, np.ndarray]  # of the first step
     parameters: dict[str, np.ndarray]  # after the last
+
+
+def test_more_rows_than_samples_are_said(tmp_path, small_checkpoint, caplog):
+    setting, source = training_runs.Setting.write(tmp_path, small_checkpoint), open_checkpoint(small_checkpoint)
+    data = {"path": str(setting.folder / "train.jsonl"), "samples": 4, "length": 64, "patches": 16}
+    setup = Setup(source.config, Processor.from_pretrained(source.files), data, seed=0, row_multiple=4)
+    for made, said in ((setup, []), (dataclasses.replace(setup, row_multiple=8), ["4 samples for 8 rows"])):
+        make_stage(made).close()
+        assert len(caplog.messages) == len(said) and all(words in caplog.text for words in said)
 
 
 @pytest.fixture(scope="module")

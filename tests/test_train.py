@@ -20,8 +20,9 @@ from pvm_jax.checkpoint import load_params, open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
 from pvm_jax.training.report import NonFiniteLoss, Reporter
+from pvm_jax.training.setup import Evaluator
 from pvm_jax.training.stage import StageBatch, TrainingError
-from pvm_jax.training.workdir import refuse_other_configuration
+from pvm_jax.training.workdir import refuse_other_configuration, refuse_other_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,9 +127,32 @@ def test_workdir_is_a_model_and_holds_only_what_was_trained(finished, pvm_checkp
 
 
 def test_a_finished_run_started_again_changes_nothing(finished, run):
+    """Also in micro-batches, as a user starts it after a step that found no memory."""
     before = without_speeds(finished)
-    run(finished)
+    run(finished, "--config.micro_batches=2", "--config.model.remat=True", "--config.model.attention=xla")
     assert without_speeds(finished) == before
+
+
+def test_a_run_goes_on_with_as_many_rows_alone(finished, run, data):
+    lines = data.read_text()
+    data.write_text(lines + lines.splitlines()[0] + "\n")
+    try:
+        with pytest.raises(
+            TrainingError, match=r"holds a run on other data, which differs in rows.train \(there 12, here 1"
+        ):
+            run(finished)
+    finally:
+        data.write_text(lines)
+
+
+def test_what_a_checkpoint_says_about_data(tmp_path):
+    now = {"rows": {"a": 3, "b": 4}, "steps": 9}
+    for before in ({}, {"metrics": {}}, now):  # there were none in older ones
+        refuse_other_data(tmp_path, before, now)
+    with pytest.raises(
+        TrainingError, match=r"differs in rows.b \(there 5, here 4\); steps \(there 8, here 9\): samples"
+    ):
+        refuse_other_data(tmp_path, {"rows": {"a": 3, "b": 5}, "steps": 8}, now)
 
 
 def test_sharded_run_has_the_losses_of_one_device(finished, run, tmp_path):
@@ -244,6 +268,32 @@ def test_metric_beyond_its_bound_is_said(tmp_path, capfd):
     assert said == ["warning: step 2: gap is 1.25, expected at most 1"]
 
 
+def test_a_line_after_the_last_step_alone(tmp_path):
+    reporter = Reporter(tmp_path, 0, 3, every=0)
+    for step in (1, 2, 3):
+        drawn = StageBatch(batch=None, ids=("a",), tokens=4)
+        reporter.step(step, drawn, {"loss": (step, 1), "grad_norm": (1.0, 1), "finite": (True, 1)})
+    reporter.flush()
+    reporter.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(3, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"module": "pvm_jax.evals.harness"},
+            r"config.evals.mmstar.every: expected steps between evaluations, 0: only",
+        ),
+        ({"every": 3}, r"config.evals.mmstar.module: expected a Python module, found nothing"),
+        ({"module": "pvm_jax.evals.harness", "every": 3, "sedds": 1}, r"config.evals.mmstar: unknown keys \['sedds'\]"),
+    ],
+)
+def test_an_evaluator_that_cannot_be_is_named(processor_dir, entry, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluator.make("mmstar", Processor.from_pretrained(processor_dir), entry)
+
+
 def test_what_is_printed_tells_whether_data_is_the_bottleneck(tmp_path, capsys):
     """Half of the first line's time is spent waiting for batches, none of the second's; compiling counts nowhere.
 
@@ -285,15 +335,19 @@ def test_workdir_of_another_configuration_is_refused(finished, run):
 
 
 GRPO = {"model": {"path": "x", "attention": "xla", "lora": {"rank": 0, "alpha": None, "targets": "proj"}}, "steps": 3,
-        "stage": {"beta": 0.0, "sampler_weights": "gathered"}, "data": {"path": "y", "position_shift": 0}}  # fmt: skip
+        "stage": {"module": "pvm_jax.training.grpo", "beta": 0.0, "sampler_weights": "gathered"},
+        "data": {"path": "y", "position_shift": 0}}  # fmt: skip
+FASTER = {"model": GRPO["model"] | {"attention": "splash", "remat": True}, "micro_batches": 4,
+          "stage": GRPO["stage"] | {"sampler_weights": "split"}}  # fmt: skip
 
 
 def of_before() -> dict:
     """The same run, by a configuration without the keys that came later."""
-    return {"model": {"path": "x"}, "stage": {"beta": 0.0}, "data": {"path": "y"}, "steps": 3}
+    stage = {"module": "pvm_jax.training.grpo", "beta": 0.0}
+    return {"model": {"path": "x"}, "stage": stage, "data": {"path": "y"}, "steps": 3}
 
 
-@pytest.mark.parametrize("begun", [of_before(), GRPO | {"stage": {"beta": 0.0, "sampler_weights": "split"}}])
+@pytest.mark.parametrize("begun", [of_before(), GRPO | FASTER])
 def test_a_run_goes_on_with_what_changes_no_numbers(tmp_path, begun):
     (tmp_path / "config.json").write_text(json.dumps(begun))
     refuse_other_configuration(tmp_path, GRPO)
@@ -303,16 +357,38 @@ def test_a_run_goes_on_with_what_changes_no_numbers(tmp_path, begun):
     ("key", "value", "message"),
     [
         ("model", {"path": "x", "lora": {"rank": 4}}, "model.lora.rank (there 0, here 4)"),
-        ("model", {"path": "x", "attention": "cudnn"}, "model.attention (there 'xla', here 'cudnn')"),
         ("data", {"path": "y", "position_shift": 9}, "data.position_shift (there 0, here 9)"),
-        ("stage", {"beta": 0.1}, "stage.beta (there 0.0, here 0.1)"),
-        ("stage", {"beta": 0.0, "other": 1}, "stage.other (there None, here 1)"),
+        ("stage", of_before()["stage"] | {"beta": 0.1}, "stage.beta (there 0.0, here 0.1)"),
+        ("stage", of_before()["stage"] | {"other": 1}, "stage.other (there None, here 1)"),
     ],
 )
 def test_a_key_that_a_run_had_not_means_what_it_did_then(tmp_path, key, value, message):
     (tmp_path / "config.json").write_text(json.dumps(of_before()))
     with pytest.raises(TrainingError, match=re.escape(f"differs in {message}:")):
         refuse_other_configuration(tmp_path, of_before() | {key: value})
+
+
+@pytest.mark.parametrize(
+    "stage", [GRPO["stage"] | {"loss_type": "bnpo"}, {"module": "pvm_jax.training.visual_labels"}, {"module": "mine"}]
+)
+def test_micro_batches_stay_where_a_loss_may_depend_on_them(tmp_path, stage):
+    (tmp_path / "config.json").write_text(json.dumps(GRPO | {"stage": stage, "micro_batches": 1}))
+    with pytest.raises(TrainingError, match=r"differs in micro_batches \(there 1, here 2\):"):
+        refuse_other_configuration(tmp_path, GRPO | {"stage": stage, "micro_batches": 2})
+
+
+def test_a_model_is_no_workdir(run, pvm_checkpoint, tmp_path):
+    """Its config.json would be replaced by that of the run."""
+    for name, weights in (("hf", "model-00001-of-00002.safetensors"), ("native", "params/a")):
+        model = tmp_path / name
+        (model / weights).parent.mkdir(parents=True)
+        for file in (weights, "config.json"):
+            (model / file).write_text("{}")
+        with pytest.raises(
+            TrainingError, match=rf"--workdir={model}: expected the directory of a run, found a model; "
+        ):
+            run(model)
+        assert len(list(model.iterdir())) == 2 and (model / "config.json").read_text() == "{}"
 
 
 def test_weights_that_changed_since_are_refused(run, pvm_checkpoint, tmp_path):
@@ -336,6 +412,7 @@ def test_weights_that_changed_since_are_refused(run, pvm_checkpoint, tmp_path):
         ("--config.data.patch=3", "--config.data.patch: no such key; did you mean --config.data.pat"),
         ("--config.seed=x", "error: flag --config.seed=x: invalid literal for int()"),
         ("--config=configs/none.py", "No such file or directory: 'configs/none.py'"),
+        ("--workdir=gs://bucket/run", "--workdir=gs://bucket/run: expected a directory; mount a bucket"),
         (
             "--config=configs/sft.py:9b",
             "configs/sft.py: expected one of 2b, 4b, 8b, 32b and perhaps lora or smoke, got '9b'",
@@ -403,7 +480,7 @@ class Biased(sft.SFT):
 """
 
 EVALUATOR = """
-def make_evaluator(processor, *, shift):
+def make_evaluator(processor, name, *, shift):
     def evaluate(model):
         gate = model.text.layers["1"].pvm_block.gate_alpha[...]
         return {"gate": (abs(float(gate[0, 0])) * 4 + shift, 4), "nothing": (0, 0)}

@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,8 @@ class Plan:
     silenced: bool = False
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(cli.USAGE_ERROR, f"error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pvm_jax.analysis", description="Where models look, token by token.")
+    parser = cli.Parser(prog="python -m pvm_jax.analysis", description="Where models look, token by token.")
     add = parser.add_argument
     add(
         "--checkpoint",

@@ -2,7 +2,7 @@
 
 A row of T tokens and P patches takes several samples; segment ids keep them apart in self-attention, in PVM and, per
 image or frame, in the vision tower. Nothing is ever cut: a sample that fits no row is an error that says which option
-to change, or is left out beforehand by `fits`, for the caller to count.
+to change, unless the caller left it out beforehand.
 """
 
 import dataclasses
@@ -72,11 +72,6 @@ def shift_answers(sample: Encoded, by: int) -> Encoded:
     positions = sample.positions.copy()
     positions[:, int(np.argmax(sample.loss_mask)) :] += by
     return dataclasses.replace(sample, positions=positions, next_position=sample.next_position + by)
-
-
-def fits(sample: Encoded, length: int, patches: int) -> bool:
-    """Whether a row of `length` tokens and `patches` patches can take this sample alone."""
-    return len(sample.tokens) <= length and len(sample.patches) <= patches
 
 
 def plan(sizes: Sequence[tuple[int, int]], length: int, patches: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from pvm_jax.data.images import DataError
 from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
 from pvm_jax.data.processor import Processor
 from pvm_jax.decoding import complete
+from pvm_jax.decoding_weights import for_decoding
 from pvm_jax.evals.free_answers import Grade
 from pvm_jax.evals.prompts import shown
 from pvm_jax.evals.protocols import Task
@@ -80,6 +81,7 @@ def answers(
     shapes: Shapes = Shapes(),
     mesh: Mesh | None = None,
     grade: Grade | None = None,
+    weights: str = "gathered",
 ) -> Iterator[list[Record]]:
     """Records of the questions, batch by batch; one for each question and seed of the task, in no particular order.
 
@@ -87,11 +89,15 @@ def answers(
       mesh: over which batches are spread; None: the one that the model lies on, if any. Of several processes each
         passes the same questions and gets all records.
       grade: see `Task.verdict`.
+      weights: how they lie meanwhile, see `decoding_weights.WEIGHTS`.
     """
     mesh = mesh_of(nnx.state(model)) if mesh is None else mesh
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
     seeds = task.seeds
     prompts = -(-max(shapes.rows // len(seeds), 1) // ways) * ways
+    if not questions:
+        return  # nothing is drawn: no copy of the weights is made
+    model = for_decoding(model, weights)
     for batch in _batches(processor, task, questions, shapes, prompts):
         if isinstance(batch, Asked):
             yield [make_record(benchmark, task, batch, seed) for seed in seeds]

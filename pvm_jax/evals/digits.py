@@ -214,17 +214,22 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict, list[dict], str]:
     return summary, records, table(summary)
 
 
-def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
-    """An evaluator for the training loop: metrics as (sum, count) by `split/condition/name`."""
+def make_evaluator(
+    processor: Processor, name: str, **options: Any
+) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
+    """An evaluator for the training loop: metrics as (sum, count) by `split/condition/metric`.
+
+    `name`, that of its entry in `config.evals`, is in no message here.
+    """
     protocol = Protocol(**options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
         summary, _ = evaluate(model, processor, protocol)
         return {
-            f"{split}/{condition}/{name}": (float(s[name]["right"]), float(s[name]["count"]))
+            f"{split}/{condition}/{metric}": (float(s[metric]["right"]), float(s[metric]["count"]))
             for split, by in summary.items()
             for condition, s in by.items()
-            for name in ("exact", "reads", "text")
+            for metric in ("exact", "reads", "text")
         }
 
     return evaluator

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pvm_jax.data.processor import Processor
+from pvm_jax.decoding_weights import WEIGHTS
 from pvm_jax.evals import aggregate, protocols
 from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
 from pvm_jax.evals.benchmark_files import table_paths
@@ -56,6 +57,7 @@ class Options:
       judge: fields of `judge.Judge`; None, or no base_url: rules alone.
       judge_when: what the judge is asked about: a key of JUDGED.
       rows, prompt_length, patches, threads: see `Shapes`.
+      weights: how the model's lie while it answers, see `decoding_weights.WEIGHTS`.
     """
 
     benchmark: str
@@ -76,6 +78,7 @@ class Options:
     prompt_length: Sequence[int] = ()
     patches: Sequence[int] = ()
     threads: int = 4
+    weights: str = "gathered"
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any]) -> "Options":
@@ -93,12 +96,9 @@ class Options:
         for key in ("seeds", "limit", "max_new_tokens", "rows", "threads"):
             if given.get(key) is not None and given[key] < 1:
                 raise ResultError(f"config.evals.{name}.{key}: expected at least 1, got {given[key]}")
-        if given.get("rule") and given["rule"] not in RULES:
-            raise ResultError(f"config.evals.{name}.rule: expected one of {sorted(RULES)}, got {given['rule']!r}")
-        if given.get("judge_when", "all") not in JUDGED:
-            raise ResultError(
-                f"config.evals.{name}.judge_when: expected one of {list(JUDGED)}, got {given['judge_when']!r}"
-            )
+        for key, known in (("rule", sorted(RULES)), ("judge_when", list(JUDGED)), ("weights", list(WEIGHTS))):
+            if given.get(key) is not None and given[key] not in known:
+                raise ResultError(f"config.evals.{name}.{key}: expected one of {known}, got {given[key]!r}")
         judge = {field.name for field in dataclasses.fields(Judge)}
         if unknown := sorted(set(given.get("judge") or ()) - judge):
             raise ResultError(f"config.evals.{name}.judge: unknown keys {unknown}; expected some of {sorted(judge)}")
@@ -162,7 +162,8 @@ class Prepared:
                 yield [make_record(name, self.task, asked, seed) for seed in self.task.seeds]
         whole = [question for question in left if question.index not in broken]
         with closing(Grader()) as grader:
-            yield from answers(model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade)
+            shapes, weights = self.options.shapes, self.options.weights
+            yield from answers(model, self.processor, name, self.task, whole, shapes, mesh, grader.grade, weights)
 
     def judged(self, records: Sequence[Record]) -> list[Record]:
         """The records with the judge's verdicts; where it fails, the rule's stays, and the record says why."""
@@ -251,19 +252,23 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
     return summary, records, aggregate.table(summary)
 
 
-def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
-    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count)."""
-    prepared = Prepared.of("NAME", processor, options)
+def make_evaluator(
+    processor: Processor, name: str, **options: Any
+) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
+    """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count).
+
+    `name` is that of its entry in `config.evals`.
+    """
+    prepared = Prepared.of(name, processor, options)
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
         records = [record for batch in prepared.answers(model) for record in batch]
         if jax.process_index() == 0:  # which logs
             records = prepared.judged(records)
         summary = prepared.summary(records)
-        found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
-        found |= {
-            name: (summary[name]["right"], summary[name]["count"]) for name in ("truncated", "unparsed", "broken")
-        }
+        found = {score: (of["value"], 1.0) for score, of in summary["scores"].items()}
+        shares = ("truncated", "unparsed", "broken")
+        found |= {share: (summary[share]["right"], summary[share]["count"]) for share in shares}
         return found | {"tokens": (sum(record.tokens for record in records), len(records))}
 
     return evaluator

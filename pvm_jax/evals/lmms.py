@@ -145,7 +145,7 @@ class PVMJax(_Base):
       text: "all": the whole output goes to the task; "answer": without thinking, and of the last `<answer>` only what
         is in it (`extract.final_text`), for tasks whose extraction knows no such tags.
       seed: of everything that is drawn.
-      data, fsdp, tensor: the mesh; -1: the devices that are left.
+      data, fsdp, tensor: the mesh; -1: the devices that are left. `fsdp` would gather weights at every token.
         (Numbers may be floats: lmms-eval reads "-1" as one.)
       device, max_batch_size: lmms-eval passes them; jax chooses devices by itself.
     """
@@ -164,8 +164,8 @@ class PVMJax(_Base):
         max_new_tokens: int = 128,
         text: str = "all",
         seed: int = 0,
-        data: float | int = 1,
-        fsdp: float | int = -1,
+        data: float | int = -1,
+        fsdp: float | int = 1,
         tensor: float | int = 1,
         device: Any = None,
         max_batch_size: Any = None,

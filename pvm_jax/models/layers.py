@@ -7,6 +7,7 @@ reads a weight fastest when it decodes a few rows.
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float
 from pvm_jax.lora import LoRAConfig
 
 INITS = ("normal", "fan_in")
+VECTORS = re.compile(r"norm|bias|gate_alpha")
+"""Found in the names of vectors and scalars. Parameters of layers are stacked: the number of axes would not tell."""
 # Up to so many activation rows a product counts as a decode step's, see `_few_rows`.
 _FEW_ROWS = 32
 

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax import decoding
+from pvm_jax.decoding_weights import copied, decoding_layout
 from pvm_jax.models import KVCache
 from pvm_jax.planning.recipe import (
     Inference,
@@ -41,7 +42,7 @@ from pvm_jax.sharding import BATCH_AXES, mesh_of
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch
 from pvm_jax.training.policy_objective import PolicyObjective, Settings
-from pvm_jax.training.rollout import Shapes, copied, decoding_layout
+from pvm_jax.training.rollout import Shapes
 
 STOPS = 2
 """Ids that end a completion, of the released tokenizers."""

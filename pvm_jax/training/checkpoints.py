@@ -2,7 +2,8 @@
 
     trainable   flat dictionary, "text/layers/8/pvm_block/gate_alpha" -> array (fp32)
     optimizer   optax state
-    meta        JSON: step, seed, data (position), metrics (sums of the unfinished window), config
+    meta        JSON: metrics (sums of the unfinished window), and what must be the same when the run goes on: rows (of
+                each data set) and steps (of the whole run)
     files.json  size and CRC-32 of the files of these
 
 Frozen weights are not in it: `workdir/model/base.json` says where they are. A step's directory appears under its
@@ -78,7 +79,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     trainable=ocp.args.StandardSave(state.trainable),
                     optimizer=ocp.args.StandardSave(state.optimizer),
-                    meta=ocp.args.JsonSave({"step": step, **meta}),
+                    meta=ocp.args.JsonSave(meta),
                 ),
             )
 

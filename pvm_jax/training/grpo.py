@@ -53,6 +53,9 @@ SHAPE_KEYS = ("prompt_length", "length", "patches", "pack")
 def make_stage(setup: Setup, **options: Any) -> Stage:
     """The stage of `config.stage.module = "pvm_jax.training.grpo"`."""
     settings = Settings.make(options)
+    rewards = Rewards(settings.rewards, settings.reward_errors)
+    if setup.share.index == 0:  # which alone will ask them; if it fails, `distributed.Cluster` ends the others
+        rewards.check()
     data = {key: value for key, value in setup.data.items() if value is not None}
     if unknown := sorted(set(data) - {"path", *DATA_KEYS, *SHAPE_KEYS}):
         raise TrainingError(f"config.data: unknown keys {unknown}; expected some of {sorted(DATA_KEYS + SHAPE_KEYS)}")
@@ -74,7 +77,6 @@ def make_stage(setup: Setup, **options: Any) -> Stage:
             f"config.stage.max_new_tokens: expected less than the largest config.data.length, {max(shapes.lengths)}, "
             f"got {settings.max_new_tokens}: a row to learn from holds a prompt and its completion"
         )
-    rewards = Rewards(settings.rewards, settings.reward_errors)
     return GRPO(setup, settings, shapes, prompts, rewards)
 
 
@@ -101,6 +103,7 @@ class GRPO:
         self._reference: nnx.Module | None = None
         self._now: tuple[Rollout, StageBatch] | None = None
         self.steps_per_epoch = max(len(prompts) // settings.prompts, 1) * settings.iterations
+        self.data_rows = {"prompts": len(prompts)}
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         return self._objective.make_extra(rngs)
@@ -154,12 +157,14 @@ class GRPO:
                 if share.index == 0:
                     rollout.save(kept)
                     rollouts.forget(self._setup.workdir, settings.iterations, number)
-            if (len(share.rows(len(rollout.old))), rollout.old.shape[1]) != batch.advantages.shape:
+            old = self._mine(rollout.old)
+            # Rows of another number may be packed otherwise; log-probabilities then stand where nothing is learned.
+            if old.shape != batch.advantages.shape or old[batch.batch.loss_weights == 0].any():
                 raise TrainingError(
-                    f"{kept}: this rollout was begun on another mesh, with other rows; go on with the mesh of before, "
-                    "or start again from an older checkpoint"
+                    f"{kept}: this rollout was begun on another mesh or with other micro-batches, and has other rows; "
+                    "go on with those of before, or start again from an older checkpoint"
                 )
-            batch = dataclasses.replace(batch, old=self._mine(rollout.old))
+            batch = dataclasses.replace(batch, old=old)
         info = StageBatch(
             batch=batch,
             ids=tuple(f"{prompts[i // rollout.group].id}#{i % rollout.group}" for i in members),

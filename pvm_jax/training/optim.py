@@ -12,10 +12,8 @@ from collections.abc import Sequence
 
 import optax
 
+from pvm_jax.models.layers import VECTORS
 from pvm_jax.training.stage import TrainingError
-
-NO_DECAY = r"norm|bias|gate_alpha"
-"""Vectors and scalars. Parameters of layers are stacked, so that the number of axes would not tell."""
 
 SCHEDULES = ("cosine", "constant")
 
@@ -88,7 +86,7 @@ def make_optimizer(
                 f"config.optimizer.multipliers: {pattern!r} matches no trainable parameter, e.g. {names[0]!r}"
             )
     factors = {name: multiplier(config, name) for name in names}
-    decayed = {name: not re.search(NO_DECAY, name) for name in names}
+    decayed = {name: not VECTORS.search(name) for name in names}
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps),

@@ -15,13 +15,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool
 
+from pvm_jax.decoding_weights import WEIGHTS
 from pvm_jax.sharding import AnyMesh
 from pvm_jax.training.losses import TokenScores, next_token, token_scores
 from pvm_jax.training.policy_loss import LOSS_TYPES, SCALES, PolicyBatch, policy_loss
 from pvm_jax.training.stage import Loss, TrainingError
 from pvm_jax.training.step import micro_batch
-
-SAMPLER_WEIGHTS = ("gathered", "split")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +38,8 @@ class Settings:
       mask_truncated: completions without an end teach nothing.
       iterations: optimizer steps that learn from one rollout.
       chunk: columns per chunk of the vocabulary projection.
-      sampler_weights: how the weights lie while completions are drawn. "gathered": once a rollout they are gathered
-        over mesh.fsdp, and no decode step moves one. "split": every decode step gathers them, layer by layer; for
-        models whose copy in the compute dtype, 1 / mesh.tensor of it a device, does not fit beside training state and
-        cache.
+      sampler_weights: how the weights lie while completions are drawn: one of `decoding_weights.WEIGHTS`. The copy
+        in the compute dtype is made once a rollout, and lies beside training state and cache.
       sampler_gap: say so when sampler and trainer disagree by more than this, in nats a token.
       samples: completions of each rollout that are written to workdir/completions.
     """
@@ -83,7 +80,7 @@ class Settings:
             given = getattr(self, key)
             if given is None or given < value:
                 raise TrainingError(f"config.stage.{key}: expected at least {value}, got {given}")
-        choices = (("loss_type", LOSS_TYPES), ("scale", SCALES), ("sampler_weights", SAMPLER_WEIGHTS))
+        choices = (("loss_type", LOSS_TYPES), ("scale", SCALES), ("sampler_weights", WEIGHTS))
         for key, known in choices:
             if getattr(self, key) not in known:
                 raise TrainingError(f"config.stage.{key}: expected one of {list(known)}, got {getattr(self, key)!r}")

@@ -38,7 +38,10 @@ class Reporter:
         main_process: bool = True,
         sums: Mapping[str, Any] | None = None,
     ):
-        """`sums` is what `sums()` gave when the checkpoint of step `start` was written."""
+        """A line comes every `every` steps and after the last, `stop` (0: then alone).
+
+        `sums` is what `sums()` gave when the checkpoint of step `start` was written.
+        """
         self._writer = MetricWriter(workdir, start) if main_process else None
         self._bar = tqdm(total=stop, initial=start, unit="step", disable=None if main_process else True)
         self._meter = Meter(sums)
@@ -90,7 +93,7 @@ class Reporter:
         self._tokens += drawn.tokens
         self._samples += len(drawn.ids)
         self._bar.update(step - self._bar.n)
-        if step % self._every == 0 or step == self._stop:
+        if due(step, self._every, self._stop):
             self._line(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -133,6 +133,15 @@ class Rewards:
                 raise TrainingError(f"rewards: two functions are called {name!r}; give one of them another name")
             self._functions[name] = function, float(weight)
 
+    def check(self) -> None:
+        """Before anything is drawn: whether the functions of this module find what they need.
+
+        Raises:
+          GradingError: the grader cannot work at all.
+        """
+        if any(function is accuracy_reward for function, _ in self._functions.values()):
+            _GRADER.grade(["x+1"], ["1+x"])  # by algebra; its child stays for the first completions
+
     def __call__(
         self,
         completions: Sequence[str],

@@ -4,25 +4,20 @@ All functions here give every process the same result; of a batch to learn from 
 """
 
 import dataclasses
-import functools
 import json
-import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from pvm_jax.data.packing import Encoded, collate, extend
 from pvm_jax.data.placement import place
 from pvm_jax.decoding import Completions, complete
+from pvm_jax.decoding_weights import for_decoding
 from pvm_jax.sampling import Sampling
-from pvm_jax.sharding import gathered
-from pvm_jax.training.optim import NO_DECAY
 from pvm_jax.training.policy_loss import PolicyBatch
 from pvm_jax.training.rewards import Scores
 from pvm_jax.training.stage import TrainingError
@@ -153,7 +148,7 @@ def draw(
     """`group` completions of each prompt; a completion is a function of weights, prompt, `key` and its number.
 
     Args:
-      weights: see `for_decoding`.
+      weights: see `decoding_weights.WEIGHTS`.
     """
     length = min(t for t in shapes.prompt_lengths if t >= max(len(p.tokens) for p in prompts))
     patches = min(p for p in shapes.patches if p >= max(len(e.patches) for e in prompts))
@@ -169,44 +164,6 @@ def draw(
         samples=group,
         compact=True,
     )
-
-
-def for_decoding(model: nnx.Module, weights: str = "gathered") -> nnx.Module:
-    """The model as completions are drawn with it: a decode step reads matrices in the compute dtype, and moves none.
-
-    What lies that way already is not copied.
-
-    Args:
-      weights: see `policy_objective.Settings.sampler_weights`.
-    """
-    graphdef, params = nnx.split(model)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    layouts = [decoding_layout(path, x, model.dtype, weights) for path, x in leaves]
-    values = [x if layout == (x.dtype, x.sharding) else copied(x, *layout) for (_, x), layout in zip(leaves, layouts)]
-    return nnx.merge(graphdef, jax.tree.unflatten(structure, values))
-
-
-# One array a call: what gathering needs beside its result lies there for one at a time. Of the module, so that programs
-# are compiled once and not at every rollout.
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def copied(x: jax.Array, dtype: np.dtype, sharding: Any) -> jax.Array:
-    """A parameter as `decoding_layout` says. It is cast before it is gathered: the narrow one travels."""
-    x = x.astype(dtype)
-    return jax.lax.with_sharding_constraint(x, sharding) if isinstance(sharding, NamedSharding) else x
-
-
-def decoding_layout(path: tuple[Any, ...], x: Any, dtype: Any, weights: str) -> tuple[np.dtype, Any]:
-    """Dtype and sharding, while completions are drawn, of a parameter at `path` in the tree of the model that trains.
-
-    The vision tower, which is read once a rollout, stays split.
-
-    Args:
-      dtype: what is computed in.
-    """
-    name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
-    exact = dtype == np.float32 or re.search(NO_DECAY, name)
-    whole = weights == "gathered" and not name.startswith("visual/")
-    return x.dtype if exact else np.dtype(dtype), gathered(x.sharding) if whole else x.sharding
 
 
 def learning_batch(

@@ -34,7 +34,8 @@ class ModelOptions:
       dtype: compute dtype and dtype of frozen parameters; None: float32 on CPUs, bfloat16 on accelerators.
       remat: recompute layers in the backward pass.
       attention: "auto" (by the mesh's platform), "xla", "splash" (TPU) or "cudnn" (CUDA).
-      size: the released size that `path` should have; `pvm_jax.plan` takes its shapes where no path is given.
+      size: the released size that a recipe is for; `pvm_jax.plan` takes its shapes where no path is given, and a run
+        those of the path.
       lora: adapters that the model gains, see `add_lora`.
     """
 
@@ -232,10 +233,20 @@ class Evaluator:
 
     @classmethod
     def make(cls, name: str, processor: Any, options: Mapping[str, Any]) -> "Evaluator":
-        """`module` and `every` are ours, the rest goes to the module's `make_evaluator(processor, **options)`."""
+        """`module` and `every` are ours, the rest goes to the module's `make_evaluator(processor, name, **options)`.
+
+        Raises:
+          TrainingError: one of the two is missing, or the module is not there.
+        """
         options = dict(options)
+        for key, what in (
+            ("module", "a Python module"),
+            ("every", "steps between evaluations, 0: only after the last"),
+        ):
+            if options.get(key) is None:
+                raise TrainingError(f"config.evals.{name}.{key}: expected {what}, found nothing")
         make = plug_in(options.pop("module"), "make_evaluator", f"config.evals.{name}.module")
-        return cls(name, options.pop("every"), make(processor, **options))
+        return cls(name, options.pop("every"), make(processor, name, **options))
 
     def __call__(self, model: nnx.Module) -> dict[str, float]:
         results = self.evaluate(model).items()

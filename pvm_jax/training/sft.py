@@ -51,6 +51,7 @@ class SFT:
         self._ahead: Iterator[tuple[Any, BatchInfo]] | None = None
         self._next_step = -1
         self.steps_per_epoch = loader.steps_per_epoch()
+        self.data_rows = {stream.name: len(stream.source) for stream in loader.streams}
 
     def make_extra(self, rngs: nnx.Rngs) -> nnx.Module | None:
         return None
@@ -114,7 +115,15 @@ def make_loader(setup: Setup) -> Loader:
                 "pass --config.data.path=FILE"
             )
         source = open_source(values["path"], **_chosen(values, SOURCE_KEYS))
-        opened.append(Stream(source=source, name=name, **_chosen(values, STREAM_KEYS)))
+        opened.append(stream := Stream(source=source, name=name, **_chosen(values, STREAM_KEYS)))
+        if stream.samples < setup.row_multiple and setup.share.index == 0:
+            logging.warning(
+                "stream %r: a step has %d samples for %d rows (mesh data x fsdp x micro_batches), and the others stay "
+                "empty; fewer micro_batches, a larger mesh.tensor or more data.samples would fill them",
+                name,
+                stream.samples,
+                setup.row_multiple,
+            )
     return Loader(
         opened,
         setup.processor,

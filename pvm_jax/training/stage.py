@@ -118,6 +118,9 @@ class Stage(Objective, Protocol):
     steps_per_epoch: int | None
     """Optimizer steps that see each sample once; None where there is no such thing (config.steps decides)."""
 
+    data_rows: Mapping[str, int]
+    """How many rows each data set has, by name: a run goes on with as many only, since their order depends on it."""
+
     def next_batch(self, step: int, policy: Callable[[], nnx.Module]) -> StageBatch:
         """The batch of `step`, a pure function of (seed, step) and, for stages that sample, of the policy.
 

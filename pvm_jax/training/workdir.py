@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pvm_jax.checkpoint import BASE, Checkpoint, base_record
+from pvm_jax.checkpoint import BASE, PARAMS, Checkpoint, base_record
 from pvm_jax.cli import leaves
 from pvm_jax.config import ModelConfig, read_json
 from pvm_jax.data.processor import Processor, write_limits
@@ -26,6 +26,8 @@ from pvm_jax.training.stage import TrainingError
 # numbers then differ by rounding, with `stage.sampler_weights` those of the model that draws completions.
 FREE = (
     "mesh.",
+    "model.remat",
+    "model.attention",
     "checkpoint.",
     "evals.",
     "data.threads",
@@ -34,10 +36,14 @@ FREE = (
     "compilation_cache",
 )
 
+# Stages whose loss is a sum over the step, whatever its micro-batches (GRPO's but for "bnpo"): these are free, too. As
+# with the mesh, rows are then a multiple of another number, by which samples may be packed otherwise; which samples a
+# step has, and what each of them weighs, does not change.
+SUMMED = ("pvm_jax.training.sft", "pvm_jax.training.grpo")
+
 # What runs did before these keys existed (regular expression of the whole key, value); of any other key: None.
 BEFORE = (
     (r"data\.position_shift", 0),
-    (r"model\.attention", "xla"),
     (r"model\.lora\.rank", 0),
     (r"model\.lora\.targets", "proj"),
 )
@@ -96,19 +102,50 @@ def claim(
             write_limits(partial, processor)
 
 
+def refuse_model_directory(workdir: Path) -> None:
+    """TrainingError if `workdir` is a model of another kind than a training workdir: its config.json would be lost."""
+    if not (workdir / "config.json").is_file() or (workdir / "model" / BASE).is_file():
+        return
+    if (workdir / PARAMS).is_dir() or any(workdir.glob("*.safetensors")):
+        raise TrainingError(
+            f"--workdir={workdir}: expected the directory of a run, found a model; choose another --workdir, and pass "
+            f"--config.model.path={workdir} to start from that model"
+        )
+
+
 def refuse_other_configuration(workdir: Path, config: Mapping[str, Any]) -> None:
     """TrainingError if the run in `workdir` has another configuration than `config`, as JSON holds it."""
     stored, given = leaves(read_json(workdir / "config.json")), leaves(config)
     there, here = ({key: _value(flat, key) for key in stored.keys() | given.keys()} for flat in (stored, given))
+    summed = stored.get("stage.module") in SUMMED and stored.get("stage.loss_type") != "bnpo"
+    free = (*FREE, "micro_batches") if summed else FREE
     differ = [
         f"{key} (there {there[key]!r}, here {here[key]!r})"
         for key in sorted(there)
-        if there[key] != here[key] and not key.startswith(FREE)
+        if there[key] != here[key] and not key.startswith(free)
     ]
     if differ:
         raise TrainingError(
             f"{workdir} holds a run of another configuration, which differs in {'; '.join(differ)}: "
             "choose another --workdir"
+        )
+
+
+def refuse_other_data(workdir: Path, meta: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """TrainingError if the run in `workdir` read other data.
+
+    Args:
+      meta: of its checkpoint. Those of before have nothing to compare with.
+      data: "rows" of each data set and "steps" of the run, as they are now.
+    """
+    there, here = (leaves({key: held[key] for key in data if key in held}) for held in (meta, data))
+    differ = [
+        f"{key} (there {there[key]}, here {here.get(key)})" for key in sorted(there) if there[key] != here.get(key)
+    ]
+    if differ:
+        raise TrainingError(
+            f"{workdir} holds a run on other data, which differs in {'; '.join(differ)}: samples would not come in the "
+            "order in which they began; put the data back or choose another --workdir"
         )
 
 
