@@ -237,12 +237,12 @@ class Cluster:
                     ) from None
         return texts
 
-    def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool]) -> list[str]:
+    def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool], of: str = "batch") -> list[str]:
         """`exchange` for the data of successive steps: whoever completes one knows that all have read the one before,
         and forgets it. Without a time limit: rewards may take their time, and who is lost ends all (`_watch`)."""
-        texts = self.exchange(f"batch/{step}", text, limit=math.inf, cancelled=cancelled)
+        texts = self.exchange(f"{of}/{step}", text, limit=math.inf, cancelled=cancelled)
         if self.count > 1:
-            _store().key_value_delete(f"{_ROOT}/batch/{step - 1}/{self.index}")
+            _store().key_value_delete(f"{_ROOT}/{of}/{step - 1}/{self.index}")
         return texts
 
     def check_shared(self, directory: Path) -> None:

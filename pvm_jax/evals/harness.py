@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pvm_jax.data.processor import Processor
-from pvm_jax.evals import aggregate, protocols
+from pvm_jax.evals import aggregate, agreement, protocols
 from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
 from pvm_jax.evals.benchmark_files import table_paths
 from pvm_jax.evals.benchmarks import Benchmark, benchmark_kind, open_benchmark
@@ -152,17 +152,32 @@ class Prepared:
     def questions(self) -> Sequence[Question]:
         return self.benchmark[: self.options.limit]
 
-    def answers(self, model: Qwen3VL, mesh: Mesh | None = None, known: Container[str] = ()) -> Iterator[list[Record]]:
-        """Records of the questions whose index is not `known`, batch by batch, with the verdicts of rules."""
+    def answers(
+        self,
+        model: Qwen3VL,
+        mesh: Mesh | None = None,
+        known: Container[str] = (),
+        exchange: agreement.Exchange | None = None,
+    ) -> Iterator[list[Record]]:
+        """Records of the questions whose index is not `known`, batch by batch, with the verdicts of rules.
+
+        Args:
+          exchange: see `asking.answers`.
+        """
         name, broken = self.benchmark.name, self.benchmark.broken
         left = [question for question in self.questions if question.index not in known]
+        if exchange:
+            asked = [question.index for question in left]
+            agreement.check_same(name, self.benchmark.checksum, asked, sorted(broken), exchange)
         for question in left:
             if question.index in broken:
                 asked = Asked(question, None, error=broken[question.index])
                 yield [make_record(name, self.task, asked, seed) for seed in self.task.seeds]
         whole = [question for question in left if question.index not in broken]
         with closing(Grader()) as grader:
-            yield from answers(model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade)
+            yield from answers(
+                model, self.processor, name, self.task, whole, self.options.shapes, mesh, grader.grade, exchange
+            )
 
     def judged(self, records: Sequence[Record]) -> list[Record]:
         """The records with the judge's verdicts; where it fails, the rule's stays, and the record says why."""
@@ -239,7 +254,8 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
         ledger = Ledger(evaluation.workdir, evaluation.name, identity, prepared.task.seeds, writes=False)
     evaluation.barrier(f"records of {evaluation.name} read")
     progress = _Progress(evaluation.name, len(prepared.questions) * len(prepared.task.seeds), ledger.records)
-    for records in prepared.answers(evaluation.model, evaluation.mesh, {r.index for r in ledger.records}):
+    known = {record.index for record in ledger.records}
+    for records in prepared.answers(evaluation.model, evaluation.mesh, known, agreement.exchange()):
         if evaluation.writes:  # the judge is asked once
             records = prepared.judged(records)
             progress.add(records)
@@ -254,9 +270,10 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
 def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module], dict[str, tuple[float, float]]]:
     """An evaluator for the training loop: scores of `aggregate`, and other shares, as (sum, count)."""
     prepared = Prepared.of("NAME", processor, options)
+    exchange = agreement.exchange()
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
-        records = [record for batch in prepared.answers(model) for record in batch]
+        records = [record for batch in prepared.answers(model, exchange=exchange) for record in batch]
         if jax.process_index() == 0:  # which logs
             records = prepared.judged(records)
         summary = prepared.summary(records)

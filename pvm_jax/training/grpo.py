@@ -37,6 +37,7 @@ from pvm_jax.data.order import permutation
 from pvm_jax.data.packing import Encoded
 from pvm_jax.data.prompts import Prompt, Prompts, open_prompts, reward_columns
 from pvm_jax.data.records import renaming
+from pvm_jax.data.share import never
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
@@ -125,6 +126,7 @@ class GRPO:
     def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
         drawn, prompts = self._draw(number)
+        self._check_agreement(number, drawn, prompts)
         kept = rollouts.file(self._setup.workdir, number)
         metrics: dict[str, Fraction] = {}
         watch = Stopwatch()
@@ -199,6 +201,30 @@ class GRPO:
         advice = "16 prompts in a row could not be used" if attempt else "or set config.data.bad_rows='skip'"
         raise TrainingError(f"{reason}; mend the row, raise the limit; {advice}")
 
+    def _check_agreement(self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded]) -> None:
+        """Each process reads prompts on its own; with other ones in one of them, completions would be of no prompt.
+
+        Raises:
+          TrainingError: in each of them, if they differ.
+        """
+        share = self._setup.share
+        if share.count == 1:
+            return
+        mine = [len(self._prompts), [[p.id, len(e.tokens), len(e.patches)] for p, e in zip(drawn, prompts)]]
+        first, *others = map(json.loads, share.exchange(2 * number, json.dumps(mine), never))
+        for process, other in enumerate(others, 1):
+            if other == first:
+                continue
+            if other[0] != first[0]:
+                what = f"{other[0]} prompts can be used, and in process 0 {first[0]}"
+            else:
+                a, b = next(pair for pair in zip(other[1], first[1]) if pair[0] != pair[1])
+                what = f"prompt {a[0]} ({a[1]} tokens, {a[2]} patches), and in process 0 {b[0]} ({b[1]}, {b[2]})"
+            raise TrainingError(
+                f"rollout {number}: expected the same prompts in all processes, found in process {process} {what}; "
+                "see in its log what was left out, let all hosts read the same files, and start the run again"
+            )
+
     def _draw_and_reward(
         self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module, watch: Stopwatch
     ) -> tuple[Rollout, dict[str, Fraction]]:
@@ -261,7 +287,7 @@ class GRPO:
                 rollouts.write_samples(path, settings.samples, [prompt.id for prompt in prompts], texts, scores, made)
             metrics = {name: [float(s), float(n)] for name, (s, n) in scores.metrics.items()}
             answer = json.dumps([scores.total.tolist(), metrics])
-        told = setup.share.exchange(number, answer, lambda: False)[0]
+        told = setup.share.exchange(2 * number + 1, answer, never)[0]  # 2 * number: `_check_agreement`
         total, metrics = json.loads(told)
         return np.asarray(total, np.float32), {name: tuple(pair) for name, pair in metrics.items()}
 
