@@ -166,6 +166,17 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
         )
 
 
+def test_a_process_at_work_is_waited_for_longer_than_one_that_starts(ended, tmp_path):
+    clusters = [Cluster(i, 2, start_limit=0.1) for i in range(2)]
+
+    def work(i: int) -> None:
+        time.sleep(0.4 * i)
+        clusters[i].check_shared(tmp_path, distributed.PATIENCE)
+
+    assert together(2, work) == [None, None]
+    assert isinstance(together(2, lambda i: clusters[0].barrier("ready") if i == 0 else None)[0], DistributedError)
+
+
 # ---- Failing and stopping ----------------------------------------------------------------------------------------
 
 
