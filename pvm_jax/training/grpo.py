@@ -110,7 +110,7 @@ class GRPO:
         """The rollout's rows; the policy is asked at its first step alone, or where nothing was kept of it."""
         number, iteration = divmod(step, self._settings.iterations)
         if self._now is None or self._now[0].number != number:
-            self._now = self._begin(number, policy, resumed=iteration > 0)
+            self._now = self._begin(number, policy, step)
         drawn = self._now[1]
         # What the host knows of a rollout is logged once.
         return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={}, seconds={})
@@ -123,20 +123,16 @@ class GRPO:
 
     # ---- A rollout -----------------------------------------------------------------------------------------------
 
-    def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
+    def _begin(self, number: int, policy: Callable[[], nnx.Module], step: int) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
+        resumed = step % settings.iterations > 0
         drawn, prompts = self._draw(number)
         self._check_agreement(number, drawn, prompts)
         kept = rollouts.file(self._setup.workdir, number)
         metrics: dict[str, Fraction] = {}
         watch = Stopwatch()
         if resumed:
-            if not kept.is_file():
-                raise TrainingError(
-                    f"{kept}: expected the completions that step {number * settings.iterations + 1} began with, found "
-                    "nothing; start again from an older checkpoint, or in a new workdir"
-                )
-            rollout = Rollout.load(kept, number, prompts)
+            rollout = Rollout.load(kept, step, number, prompts)
         else:
             model = policy()
             with watch("update"):  # of the step before, which is still running
