@@ -462,11 +462,18 @@ def test_a_missing_column_always_ends_the_run():
         Rewards([(accuracy_reward, 1.0)], on_error="zero")(TEXTS, {"answer": TEXTS}, ids=IDS)
 
 
+def test_a_module_that_is_there_and_imports_what_is_not_is_no_wrong_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="No module named 'not_installed'"):
+        Rewards([("my_rewards:short", 1.0)])
+
+
 @pytest.mark.parametrize(
     "functions, options, sentence",
     [
         ([], {}, "expected pairs of a function"),
-        ([("no.such.module:f", 1.0)], {}, "there is no module 'no.such.module'"),
+        ([("no.such.module:f", 1.0)], {}, "rewards: expected a Python module, got 'no.such.module' "),
         ([("pvm_jax.training.rewards:f", 1.0)], {}, "'pvm_jax.training.rewards' has no function 'f'"),
         ([("accuracy_reward", 1.0)], {}, "expected 'module:function', got 'accuracy_reward'"),
         (
