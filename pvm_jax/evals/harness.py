@@ -253,6 +253,9 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
     if not evaluation.writes:
         ledger = Ledger(evaluation.workdir, evaluation.name, identity, prepared.task.seeds, writes=False)
     evaluation.barrier(f"records of {evaluation.name} read")
+    unjudged = [record for record in ledger.records if record.completion is not None and record.error is not None]
+    if evaluation.writes and unjudged:  # the judge was not to be had
+        ledger.replace(prepared.judged(unjudged))
     progress = _Progress(evaluation.name, len(prepared.questions) * len(prepared.task.seeds), ledger.records)
     known = {record.index for record in ledger.records}
     for records in prepared.answers(evaluation.model, evaluation.mesh, known, agreement.exchange()):
