@@ -206,4 +206,5 @@ def make_record(
         answer=verdict.answer,
         right=verdict.right,
         error=asked.error,
+        ungraded=verdict.ungraded,
     )

@@ -281,9 +281,8 @@ def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module
             records = prepared.judged(records)
         summary = prepared.summary(records)
         found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
-        found |= {
-            name: (summary[name]["right"], summary[name]["count"]) for name in ("truncated", "unparsed", "broken")
-        }
+        faults = ("truncated", "unparsed", "broken", "ungraded")
+        found |= {name: (summary[name]["right"], summary[name]["count"]) for name in faults}
         return found | {"tokens": (sum(record.tokens for record in records), len(records))}
 
     return evaluator
