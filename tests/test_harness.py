@@ -188,6 +188,15 @@ def test_an_evaluator_in_training_says_the_same(known, model, processor, folder)
     assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)
 
 
+def test_an_evaluator_of_several_processes_meets_after_judging(known, model, processor, folder, monkeypatch):
+    """Two that say the same: about all questions, about each batch of them, and when the first has judged."""
+    said = []
+    monkeypatch.setattr(harness.agreement, "exchange", lambda: lambda text: said.append(text) or [text, text])
+    found = harness.make_evaluator(processor, **OPTIONS | {"path": str(folder / "own.jsonl")})(model)
+    assert found["accuracy"] == (3 / 11, 1.0) and found["broken"] == (2, QUESTIONS)
+    assert [len(json.loads(text)) for text in said[:-1]] == [3, 4, 4, 3] and said[-1] == "judged"
+
+
 @pytest.mark.parametrize("when", ["unparsed", "wrong", "all"])
 def test_a_judge_is_asked_and_never_scores_what_it_fails_on(known, processor, folder, monkeypatch, when):
     """The judge fails on q2 and says yes to all others."""

@@ -279,6 +279,8 @@ def make_evaluator(processor: Processor, **options: Any) -> Callable[[nnx.Module
         records = [record for batch in prepared.answers(model, exchange=exchange) for record in batch]
         if jax.process_index() == 0:  # which logs
             records = prepared.judged(records)
+        if exchange:  # without a time limit, as what follows may have one (a checkpoint's, in Orbax)
+            exchange("judged")
         summary = prepared.summary(records)
         found = {name: (score["value"], 1.0) for name, score in summary["scores"].items()}
         faults = ("truncated", "unparsed", "broken", "ungraded")
