@@ -34,9 +34,6 @@ flags.mark_flags_as_required(["config", "workdir"])
 cli.refuse_addresses("workdir")
 distributed.define_flags()
 
-PATIENCE = 86_400.0
-"""Seconds that processes wait for one another between evaluations; one that is lost ends them all much earlier."""
-
 
 def main(argv: list[str]) -> None:
     with distributed.join(**distributed.flag_values()) as cluster:
@@ -61,7 +58,7 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
     model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True, mesh=mesh)
 
     # ---- Evaluations ---------------------------------------------------------------------------------------------
-    cluster.check_shared(workdir)
+    cluster.check_shared(workdir, distributed.PATIENCE)
     main_process = cluster.index == 0
     about = {
         "checkpoint": str(path),
@@ -80,7 +77,7 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
             about=about,
             mesh=mesh,
             writes=main_process,
-            barrier=functools.partial(cluster.barrier, limit=PATIENCE),
+            barrier=functools.partial(cluster.barrier, limit=distributed.PATIENCE),
         )
         summary, records, text = run(evaluation, **evaluations[name])
         if not main_process:

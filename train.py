@@ -96,16 +96,16 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     schedule = make_schedule(adamw, steps)
     optimizer = make_optimizer(adamw, schedule, partition.trainable)
     evaluators = [Evaluator.make(name, processor, entry) for name, entry in resolved["evals"].items()]
-    cluster.check_shared(workdir)
+    cluster.check_shared(workdir, distributed.PATIENCE)  # hosts read data and checkpoints at their own speed
     for warning in set_aside_damaged(workdir) if main_process else ():
         say(f"warning: {warning}")
-    cluster.barrier("damaged checkpoints set aside")
+    cluster.barrier("damaged checkpoints set aside", distributed.PATIENCE)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
     if main_process:
         has_weights = options.init == "checkpoint"
         claim(workdir, resolved, source, model_config, processor, has_weights=has_weights, begun=start > 0)
-    cluster.barrier("workdir claimed")
+    cluster.barrier("workdir claimed", distributed.PATIENCE)
 
     # ---- Parameters, in this order of precedence -----------------------------------------------------------------
     # 1. the workdir's latest checkpoint: trainable parameters, optimizer and position; frozen parameters as in 2

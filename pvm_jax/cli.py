@@ -6,9 +6,11 @@ Works on any flag whose value has `to_dict()`, so that the package needs no ml_c
 import argparse
 import difflib
 import errno
+import importlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -90,6 +92,21 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def plug_in(module: str, key: str, error: type[ValueError]) -> ModuleType:
+    """The module that a configuration names under `key`.
+
+    Raises:
+      error: there is no such module. One that is there and imports something that is not raises as ever: a sentence
+        about the configuration would mislead.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as missing:
+        if missing.name is None or not f"{module}.".startswith(f"{missing.name}."):
+            raise
+        raise error(f"{key}: expected a Python module, got {module!r} ({missing})") from None
 
 
 def _unknown_key(argv: Sequence[str]) -> str | None:

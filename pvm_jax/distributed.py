@@ -47,6 +47,8 @@ PREEMPTED = 75
 
 START_LIMIT = 300.0
 SILENCE_LIMIT = 60.0
+PATIENCE = 86_400.0
+"""Seconds that processes which have begun wait for one at work; one that is lost ends them all much earlier."""
 _POLL = 1.0
 _ROOT = "pvm_jax"
 # What a collective says whose other end is gone; the process that is gone, or the watcher, says why.
@@ -67,7 +69,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "How many processes run together; with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0; with --coordinator.")
     flags.DEFINE_bool("distributed", False, "Ask the environment for all that: Cloud TPU, GKE, SLURM or Open MPI.")
-    flags.DEFINE_float("start_limit", START_LIMIT, "Seconds to wait for other processes, at the start and at barriers.")
+    flags.DEFINE_float("start_limit", START_LIMIT, "Seconds to wait for other processes to start.")
     flags.DEFINE_float("silence_limit", SILENCE_LIMIT, "Seconds without a sign of life: then a process counts as lost.")
 
 
@@ -94,7 +96,7 @@ def join(
       coordinator: HOST:PORT where process 0 listens; then the two numbers are needed, too.
       detect: without a coordinator, ask the environment (Cloud TPU, GKE, SLURM, Open MPI); else this is one process.
       stops: SIGTERM does not end this process, it makes `Cluster.stop_after` true.
-      start_limit: seconds to wait for the others, here and at barriers.
+      start_limit: seconds to wait for the others, here and at barriers without a limit of their own.
       silence_limit: seconds without a sign of life after which a process counts as lost.
 
     Raises:
@@ -237,16 +239,16 @@ class Cluster:
                     ) from None
         return texts
 
-    def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool]) -> list[str]:
+    def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool], of: str = "batch") -> list[str]:
         """`exchange` for the data of successive steps: whoever completes one knows that all have read the one before,
         and forgets it. Without a time limit: rewards may take their time, and who is lost ends all (`_watch`)."""
-        texts = self.exchange(f"batch/{step}", text, limit=math.inf, cancelled=cancelled)
+        texts = self.exchange(f"{of}/{step}", text, limit=math.inf, cancelled=cancelled)
         if self.count > 1:
-            _store().key_value_delete(f"{_ROOT}/batch/{step - 1}/{self.index}")
+            _store().key_value_delete(f"{_ROOT}/{of}/{step - 1}/{self.index}")
         return texts
 
-    def check_shared(self, directory: Path) -> None:
-        """That all processes see the same directory; process 0 makes it if need be.
+    def check_shared(self, directory: Path, limit: float | None = None) -> None:
+        """That all processes see the same directory; process 0 makes it if need be. `limit`: see `barrier`.
 
         Raises:
           DistributedError: some process does not find what process 0 wrote there.
@@ -258,7 +260,7 @@ class Cluster:
             directory.mkdir(parents=True, exist_ok=True)
             token.touch()
         try:
-            name = self.exchange("workdir/token", token.name)[0]
+            name = self.exchange("workdir/token", token.name, limit)[0]
             seen = _appears(directory / name, seconds=min(10.0, self._limit / 2))  # the others wait
             answers = self.exchange("workdir/seen", "yes" if seen else "no")
         finally:

@@ -5,8 +5,8 @@
 
 The algebra is mathruler's `grade_answer`, the one that the public release of PVM rewards with. It has no time limit,
 evaluates text with Python's `eval` and may use all memory, so it runs in a child (`grading_child.py`): spawned, never
-forked, without file descriptors or environment of this process, limited in memory and in CPU time, and killed when a
-pair takes `seconds`. That pair is wrong, the next one gets a new child, and nothing of it is seen by the caller but the
+forked, without file descriptors or environment of this process, limited in memory and in time, and killed when a pair
+takes more than that. That pair is wrong, the next one gets a new child, and nothing of it is seen by the caller but the
 reason. Most answers never get there: letters, numbers and equal texts are decided here (`answers.py`).
 
 Where this differs from `grade_answer` alone: "B." and "(B) 12" are the option B; 50% is 0.5 (and, as there, 50);
@@ -32,6 +32,11 @@ from pvm_jax.answers import compare, normalized, unboxed
 MAX_CHARACTERS = 256
 REASONS = ("rule", "algebra", "missing", "unparsable", "timeout", "crash")
 """Who decided, or what went wrong: no answer at all, one too long or that mathruler refuses, or a lost child."""
+LOST = ("timeout", "crash")
+"""Reasons that say nothing on the answer."""
+
+PATIENCE = 5
+"""Wall-clock seconds for each second of CPU time that a pair may take."""
 
 _PROGRAM = Path(__file__).with_name("grading_child.py")
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG")
@@ -53,13 +58,13 @@ class Grader:
     """Grades lists of answers; its children start when first needed. Safe to use from several threads.
 
     Args:
-      seconds: of wall-clock time that a pair may take; half of that in CPU time, so that what hangs is told from what
-        a busy machine keeps waiting.
+      seconds: of CPU time that a pair may take. Of wall-clock time it may take `PATIENCE` times as much: what computes
+        without end meets the first limit, and what a busy machine keeps waiting is not lost. Both are a "timeout".
       memory: bytes of address space of a child.
       children: at most so many at a time.
     """
 
-    def __init__(self, seconds: float = 2.0, memory: int = 2**30, children: int = 2):
+    def __init__(self, seconds: float = 1.0, memory: int = 2**30, children: int = 2):
         self._children: queue.LifoQueue[_Child] = queue.LifoQueue()
         self._count = children
         for _ in range(children):
@@ -124,7 +129,9 @@ class _Child:
             self._start()
         self.pairs += 1
         try:
-            reply = self._ask(json.dumps([given, gold]), self.seconds)  # ASCII: also of half a surrogate pair
+            reply = self._ask(
+                json.dumps([given, gold]), PATIENCE * self.seconds
+            )  # ASCII: also of half a surrogate pair
         except _Lost as lost:
             return Verdict(False, str(lost))
         return Verdict(reply["equal"], "algebra") if "equal" in reply else Verdict(False, "unparsable")
@@ -139,7 +146,7 @@ class _Child:
 
     def _start(self) -> None:
         self.pairs = 0
-        command = [sys.executable, "-I", "-B", str(_PROGRAM), str(self.seconds / 2), str(self.memory)]
+        command = [sys.executable, "-I", "-B", str(_PROGRAM), str(self.seconds), str(self.memory)]
         try:
             self.process = subprocess.Popen(
                 command,

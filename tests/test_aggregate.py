@@ -216,10 +216,11 @@ def test_faults_are_counted_apart_and_wrong():
     records[2] = dataclasses.replace(records[2], answer=None, right=False)
     records[3] = dataclasses.replace(records[3], answer=None, right=False, finish_reason="length")
     records[4] = dataclasses.replace(records[4], finish_reason="length")
+    records[5] = dataclasses.replace(records[5], right=False, ungraded="crash")
     summary = aggregate(PLAIN, expected_keys("mine", QUESTIONS, (0,)), records)
-    faults = {name: summary[name]["right"] for name in ("truncated", "unparsed", "broken", "unjudged")}
-    assert faults == {"truncated": 2, "unparsed": 2, "broken": 1, "unjudged": 1}
-    assert values(summary) == {"accuracy": 6 / 10}
+    faults = {name: summary[name]["right"] for name in ("truncated", "unparsed", "broken", "unjudged", "ungraded")}
+    assert faults == {"truncated": 2, "unparsed": 2, "broken": 1, "unjudged": 1, "ungraded": 1}
+    assert values(summary) == {"accuracy": 5 / 10}
     assert sum(bin["count"] for bin in summary["by_length"]) == 9  # the broken one has no length
 
 
@@ -279,7 +280,8 @@ def test_table_says_what_the_summary_says():
         "truncated                   0.0 %                          0\n"
         "unparsed                    0.0 %                          0\n"
         "broken                      0.0 %                          0\n"
-        "unjudged                    0.0 %                          0"
+        "unjudged                    0.0 %                          0\n"
+        "ungraded                    0.0 %                          0"
     )
     score = json.loads(json.dumps(summary))["scores"]["accuracy"]
     shown = [f"{100 * score[name]:.1f}" for name in ("value", "low", "high", "spread")]

@@ -137,7 +137,10 @@ def test_kill_9_during_an_asynchronous_save(setting, run, whole, tmp_path, capsy
     assert same(tmp_path / "w", whole)
 
 
-def test_truncated_checkpoint_is_set_aside_and_the_one_before_it_used(run, whole, tmp_path, capsys):
+def test_truncated_checkpoint_is_set_aside_and_the_one_before_it_used(run, whole, tmp_path, monkeypatch, capsys):
+    """Meanwhile other processes wait, for as long as it takes to read checkpoints."""
+    limits = []
+    monkeypatch.setattr(distributed.Cluster, "barrier", lambda self, name, limit=None: limits.append(limit))
     workdir = tmp_path / "w"
     shutil.copytree(whole, workdir)
     file = max((f for f in (workdir / "checkpoints" / "6").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
@@ -147,7 +150,7 @@ def test_truncated_checkpoint_is_set_aside_and_the_one_before_it_used(run, whole
     out = capsys.readouterr().out
     warning = f"warning: {file} has {size // 2} bytes instead of {size}: the checkpoint of step 6 is damaged"
     assert warning in out and "resuming from step 4" in out
-    assert same(workdir, whole)
+    assert same(workdir, whole) and set(limits) == {distributed.PATIENCE}
     assert complete_steps(workdir / "checkpoints") == [4, 6] and (workdir / "checkpoints" / "6.damaged").is_dir()
 
 
@@ -168,7 +171,10 @@ def test_every_kind_of_damage_is_seen(whole, tmp_path):
     assert damage(newest) == f"{newest / 'files.json'} is no JSON"
     for step in (4, 6):
         (tmp_path / "w" / "checkpoints" / str(step) / "files.json").write_text("[")
-    assert len(set_aside_damaged(tmp_path / "w")) == 2 and complete_steps(tmp_path / "w" / "checkpoints") == []
+    for reason in (r" \(.*6.files.json is no JSON: the checkpoint of step 6 is damaged, .*\)", ""):  # and started again
+        with pytest.raises(TrainingError, match=rf"there are only 4.damaged, 6.damaged{reason}; bring back the files"):
+            set_aside_damaged(tmp_path / "w")
+    assert complete_steps(tmp_path / "w" / "checkpoints") == []
 
 
 def test_damaged_checkpoints_are_set_aside_down_to_the_first_whole_one(tmp_path):

@@ -266,7 +266,8 @@ def test_killed_in_rollout_grading_and_update_it_goes_on_with_the_same_numbers(f
 
 def test_missing_rollout_is_one_sentence(finished, small_checkpoint, prompts, model, tmp_path):
     stage = make(small_checkpoint, prompts, workdir=tmp_path, iterations=2)
-    with pytest.raises(TrainingError, match=r"00000001.npz: expected the completions that step 3 began with, found"):
+    sentence = rf"00000001.npz: expected the completions of rollout 1, found nothing; move {tmp_path}/checkpoints/3 out"
+    with pytest.raises(TrainingError, match=sentence):
         stage.next_batch(3, lambda: model)
 
 
@@ -278,10 +279,19 @@ def test_damaged_rollout_is_one_sentence(finished, small_checkpoint, prompts, mo
     middle = len(whole) // 2
     for content in (whole[:middle], b"", whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]):
         kept.write_bytes(content)
-        with pytest.raises(
-            TrainingError, match=r"00000001.npz: expected the completions of rollout 1, and the file is"
-        ):
+        sentence = rf"completions of rollout 1, and the file is damaged \(.*\); move {tmp_path}/checkpoints/3 out of"
+        with pytest.raises(TrainingError, match=sentence):
             stage.next_batch(3, lambda: model)
+
+
+def test_a_rollout_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut may leave the name without the bytes otherwise."""
+    synced, path = [], rollouts.file(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append((path.exists(), os.fstat(file).st_size)))
+    numbers = np.zeros(2, np.float32)
+    made = Completions(np.zeros((2, 3), np.int32), np.zeros((2, 3), np.float32), np.ones(2, np.int32), numbers > 0)
+    rollouts.Rollout(1, (), made, numbers, numbers > 0, numbers, numbers, np.zeros((1, 4), np.float32)).save(path)
+    assert synced == [(False, path.stat().st_size)]
 
 
 def test_rollouts_that_checkpoints_lie_within_are_kept(tmp_path):

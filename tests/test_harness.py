@@ -198,6 +198,15 @@ def test_an_evaluator_in_training_says_the_same(known, model, processor, folder)
     assert found["tokens"] == (6 * (QUESTIONS - 2), QUESTIONS)
 
 
+def test_an_evaluator_of_several_processes_meets_after_judging(known, model, processor, folder, monkeypatch):
+    """Two that say the same: about all questions, about each batch of them, and when the first has judged."""
+    said = []
+    monkeypatch.setattr(harness.agreement, "exchange", lambda: lambda text: said.append(text) or [text, text])
+    found = harness.make_evaluator(processor, **OPTIONS | {"path": str(folder / "own.jsonl")})(model)
+    assert found["accuracy"] == (3 / 11, 1.0) and found["broken"] == (2, QUESTIONS)
+    assert [len(json.loads(text)) for text in said[:-1]] == [3, 4, 4, 3] and said[-1] == "judged"
+
+
 @pytest.mark.parametrize("when", ["unparsed", "wrong", "all"])
 def test_a_judge_is_asked_and_never_scores_what_it_fails_on(known, processor, folder, monkeypatch, when):
     """The judge fails on q2 and says yes to all others."""
@@ -228,6 +237,31 @@ def test_a_judge_is_asked_and_never_scores_what_it_fails_on(known, processor, fo
         else:
             assert after == before
     assert prepared.summary(judged)["unjudged"]["right"] == 1
+
+
+def test_what_could_not_be_judged_is_judged_again(known, model, processor, folder, tmp_path, monkeypatch):
+    """Every answer is there, and the judge was away."""
+    judging = {"judge": {"base_url": "http://localhost:1", "model": "x"}, "judge_when": "all"}
+    prepared = harness.Prepared.of("own", processor, OPTIONS | {"path": str(folder / "own.jsonl")} | judging)
+    identity = prepared.about() | {"checksum": "abc", "dtype": "float32"}
+    ledger = Ledger(tmp_path, "own", identity, prepared.task.seeds, writes=True)
+    away = {record.index for record in known if final_text(record.completion or "")}
+    ledger.add([dataclasses.replace(r, error="away") if r.index in away else r for r in known])
+    asked = []
+
+    def judge(self, question, completion):
+        asked.append(question.index)
+        failed = question.index == "q5"
+        return Judgement(Verdict(completion, not failed), "a model", "still away" if failed else None)
+
+    monkeypatch.setattr(Judge, "__call__", judge)
+    monkeypatch.setattr(asking, "complete", lambda *_, **__: pytest.fail("generated again"))
+    _, records, _ = evaluate(model, processor, folder, tmp_path, **judging)
+    assert sorted(asked) == sorted(away) and {"q3", "q5"} < away
+    errors = {r["index"]: r["error"] for r in records if r["completion"] is not None and r["error"] is not None}
+    assert errors == {"q5": "still away"}
+    assert all(r["right"] and r["judge"] == "a model" for r in records if r["index"] in away - {"q5"})
+    assert {r.index: r.error for r in read_records(tmp_path / "own.jsonl")}["q3"] is None
 
 
 def test_what_could_not_be_asked_is_asked_again(known, model, processor, folder, tmp_path):

@@ -55,6 +55,14 @@ def test_another_process_reads_and_writes_nothing(tmp_path):
     assert len(other.records) == 4 and (tmp_path / "mmstar.jsonl").read_bytes() == before
 
 
+def test_records_are_replaced_by_their_keys(tmp_path):
+    first = opened(tmp_path)
+    first.add(records(("3", 0), ("3", 1)))
+    other = record("3", 1, "B")
+    first.replace([other])
+    assert first.records == read_records(first.path) == [record("3", 0), other]
+
+
 def test_records_of_another_evaluation_are_refused(tmp_path):
     opened(tmp_path)
     with pytest.raises(

@@ -5,8 +5,10 @@ loopback then train, lose one of them, and go on as one.
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -18,6 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpo_stages
 import jax
 import numpy as np
 import pytest
@@ -28,14 +31,18 @@ from test_loader import Memory, processor  # noqa: F401  a fixture
 
 from pvm_jax import distributed
 from pvm_jax.checkpoint import load_model
+from pvm_jax.data.images import DataError
 from pvm_jax.data.loader import Loader, Stream
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.share import Share
 from pvm_jax.distributed import Cancelled, Cluster, DistributedError
-from pvm_jax.evals import digits, harness
+from pvm_jax.evals import agreement, asking, digits, harness, protocols
 from pvm_jax.evals.plugins import Evaluation
+from pvm_jax.evals.questions import Question
+from pvm_jax.evals.results import ResultError
 from pvm_jax.sharding import MESH_AXES, local_rows, make_mesh, take_rows
 from pvm_jax.training.checkpoints import complete_steps
+from pvm_jax.training.stage import TrainingError
 
 
 class Store:
@@ -157,6 +164,17 @@ def test_workdir_that_is_not_shared(ended, tmp_path):
             f"--workdir={tmp_path}/of host {i}: process 1 cannot see what process 0 writes there; "
             "expected a directory that all hosts share"
         )
+
+
+def test_a_process_at_work_is_waited_for_longer_than_one_that_starts(ended, tmp_path):
+    clusters = [Cluster(i, 2, start_limit=0.1) for i in range(2)]
+
+    def work(i: int) -> None:
+        time.sleep(0.4 * i)
+        clusters[i].check_shared(tmp_path, distributed.PATIENCE)
+
+    assert together(2, work) == [None, None]
+    assert isinstance(together(2, lambda i: clusters[0].barrier("ready") if i == 0 else None)[0], DistributedError)
 
 
 # ---- Failing and stopping ----------------------------------------------------------------------------------------
@@ -451,6 +469,108 @@ def test_each_process_encodes_a_share_and_its_rows(ended, processor):  # noqa: F
     assert 32 <= sum(encoded) <= 64 and max(encoded) < 32
 
 
+class Unread:
+    """Prompts of which one cannot be read here, or which are fewer."""
+
+    def __init__(self, prompts, name: str = "", fewer: int = 0):
+        self._prompts, self._name, self._count = prompts, name, len(prompts) - fewer
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int):
+        if self._prompts[index].id == self._name:
+            raise DataError("the network file system of this host does not answer")
+        return self._prompts[index]
+
+
+def test_a_rollout_of_different_prompts_ends_all_processes(ended, small_checkpoint, tmp_path):
+    """The second one finds another prompt in place of one that it cannot read, or has fewer to choose from."""
+    file = grpo_stages.write_prompts(tmp_path)
+    stages = [grpo_stages.make(small_checkpoint, file, data={"bad_rows": "skip"}) for _ in range(2)]
+    for i, stage in enumerate(stages):
+        stage._setup = dataclasses.replace(stage._setup, share=Share(i, 2, range, Cluster(i, 2).exchange_of_step))
+    whole = stages[0]._prompts
+    drawn = [prompt.id for prompt in stages[0]._draw(1)[0]]
+
+    class Asked(Exception):
+        """The policy was asked for."""
+
+    def policy():
+        raise Asked
+
+    def begin(number: int) -> list:
+        return together(2, lambda i: stages[i].next_batch(number, policy))
+
+    assert [type(result) for result in begin(0)] == [Asked, Asked]
+    stages[1]._prompts = Unread(whole, drawn[1])
+    first, second = begin(1)
+    assert isinstance(first, TrainingError) and str(first) == str(second)
+    found = rf"process 1 prompt p\d \(\d+ tokens, \d+ patches\), and in process 0 {drawn[1]} \(\d+, \d+\); see in "
+    assert re.match(rf"rollout 1: expected the same prompts in all processes, found in {found}", str(first))
+    stages[1]._prompts = Unread(whole, fewer=1)
+    assert all("process 1 8 prompts can be used, and in process 0 9;" in str(error) for error in begin(2))
+
+
+def test_batches_of_questions_are_the_same_in_all_processes(ended, processor):  # noqa: F811
+    """The second process cannot read q2, none of them q5; later a prompt is longer there."""
+    task = protocols.task("plain", "file")
+    questions = [Question(f"q{i}", tiny.text(i, 4 + 20 * (i % 2)), "?") for i in range(10)]
+    clusters, turns = [Cluster(i, 2) for i in range(2)], [itertools.count(), itertools.count()]
+
+    def exchange(i: int) -> agreement.Exchange:
+        return lambda text: clusters[i].exchange_of_step(next(turns[i]), text, lambda: False, "questions")
+
+    def batches(i: int, strange: str = "") -> list:
+        def content(question, images):
+            if question.index == "q5" or (question.index == "q2" and i == 1):
+                raise DataError(f"{question.index} cannot be read")
+            return task.content(question, images) + [{"type": "text", "text": "more " * 40}] * (
+                question.index == strange and i == 1
+            )
+
+        own = dataclasses.replace(task, content=content)
+        made = asking._batches(processor, own, questions, asking.Shapes(threads=2), 3, exchange(i))
+        return [
+            (one.question.index, one.error)
+            if isinstance(one, asking.Asked)
+            else (one[0], [asked.question.index for asked in one[1]])
+            for one in made
+        ]
+
+    first, second = together(2, batches)
+    assert first == second and ("q2", "in process 1: q2 cannot be read") in first
+    assert ("q5", "q5 cannot be read") in first
+    assert sorted(i for shape, names in first if isinstance(shape, tuple) for i in names) == [
+        f"q{i}" for i in (0, 1, 3, 4, 6, 7, 8, 9)
+    ]
+    assert max(len(names) for shape, names in first if isinstance(shape, tuple)) == 3
+    first, second = together(2, lambda i: batches(i, "q7"))
+    assert isinstance(first, ResultError) and str(first) == str(second)
+    assert re.match(r"expected the same prompts in all processes, found question q7 \(T=\d+, P=\d+\) in pr", str(first))
+
+
+def test_other_questions_in_one_process_end_all(ended):
+    clusters, turns = [Cluster(i, 2) for i in range(2)], itertools.count()
+
+    def check(checksums: str, *asked: list[str]) -> list:
+        turn = next(turns)
+
+        def work(i: int) -> None:
+            def exchange(text: str) -> list[str]:
+                return clusters[i].exchange_of_step(turn, text, lambda: False, "questions")
+
+            agreement.check_same("own", checksums[i], asked[i], [], exchange)
+
+        return together(2, work)
+
+    assert check("aa", ["1", "2"], ["1", "2"]) == [None, None]
+    for case in (("ab", ["1"], ["1"]), ("aa", ["1", "2"], ["1"]), ("aa", ["1", "2"], ["1", "3"])):
+        first, second = check(*case)
+        assert isinstance(first, ResultError) and str(first) == str(second)
+        assert str(first).startswith("own: expected the same questions in all processes, found ")
+
+
 class Device:
     """Enough of a device for a mesh."""
 
@@ -522,6 +642,27 @@ QUESTIONS = {"benchmark": "file:own", "protocol": "plain", "max_new_tokens": 6, 
              "prompt_length": [64], "patches": [16]}  # fmt: skip
 
 
+UNREADABLE = """\
+import sys
+
+from pvm_jax.data.images import DataError
+from pvm_jax.data.media import MediaReader
+
+read = MediaReader.read
+
+
+def failing(self, kind, entry, field):
+    if str(entry).endswith("unreadable.png"):
+        raise DataError(f"{field}: the network file system does not answer")
+    return read(self, kind, entry, field)
+
+
+if "--process_id=1" in sys.argv:
+    MediaReader.read = failing
+
+"""
+
+
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
     """A run that evaluates every four steps on six rows, some of whose answers' tokens count as reads."""
@@ -537,13 +678,15 @@ def setting(tmp_path_factory, small_checkpoint) -> training_runs.Setting:
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     protocol = {"module": "pvm_jax.evals.digits", "path": str(folder / "answers.jsonl"), "splits": ["all"],
                 "samples": 4, "length": [64], "patches": [16]}  # fmt: skip
+    tiny.image(5, 32, 64).save(folder / "unreadable.png")
     questions = [
-        {"index": str(i), "question": tiny.text(40 + i, 5), "answer": "?", "image": f"{i}.png"} for i in range(6)
+        {"index": str(i), "question": tiny.text(40 + i, 5), "answer": "?", "image": f"{i}.png"} for i in range(5)
     ]
+    questions.append({"index": "5", "question": tiny.text(45, 5), "answer": "?", "image": "unreadable.png"})
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     own = {"module": "pvm_jax.evals.harness", "path": str(folder / "questions.jsonl"), **QUESTIONS}
     (folder / "hosts.py").write_text(
-        "from configs import sft, digits_eval\n\n\ndef get_config(argument):\n"
+        UNREADABLE + "from configs import sft, digits_eval\n\n\ndef get_config(argument):\n"
         "    config = (digits_eval if argument == 'eval' else sft).get_config('smoke').unlock()\n"
         f"    config.evals = {{'digits': {protocol!r} | ({{}} if argument == 'eval' else {{'every': 4}})}}\n"
         f"    if argument == 'eval':\n        config.evals.own = {own!r}\n"
@@ -590,6 +733,7 @@ def test_two_processes_train_and_evaluate_as_one_stop_lose_one_and_go_on_as_one(
 
 
 def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoint, tmp_path):
+    """But for a question whose image process 1 cannot read: nobody asks it."""
     config_file = setting.folder / "hosts.py"
     flags = (f"--config={config_file}:eval", f"--config.checkpoint={small_checkpoint}", f"--workdir={tmp_path}")
     with Pair(tmp_path, "eval.py", *flags) as pair:
@@ -606,7 +750,9 @@ def test_eval_in_two_processes_writes_the_results_of_one(setting, small_checkpoi
     assert len(records) == 6 * 3  # conditions
     given = QUESTIONS | {"path": str(setting.folder / "questions.jsonl")}
     summary, records, _ = harness.run(Evaluation("own", model, processor, tmp_path / "alone", mesh=mesh), **given)
-    assert [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()] == records
+    *made, unread = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert made == records[:5] and records[5]["completion"]
+    assert unread["completion"] is None and unread["error"].startswith("in process 1: ")
     assert json.loads((tmp_path / "own.json").read_text())["summary"]["scores"] == json.loads(
         json.dumps(summary["scores"])
     )

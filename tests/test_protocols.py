@@ -7,11 +7,13 @@ import benchmark_files as made
 import pytest
 
 import configs.grpo
+from pvm_jax import grading
 from pvm_jax.data.images import DataError
+from pvm_jax.evals import asking
 from pvm_jax.evals.benchmarks import open_benchmark
 from pvm_jax.evals.prompts import INSTRUCTION, in_place, shown
 from pvm_jax.evals.protocols import VERSIONS, task
-from pvm_jax.evals.questions import Question
+from pvm_jax.evals.questions import Question, Verdict
 from pvm_jax.evals.results import ResultError
 from pvm_jax.sampling import Sampling
 
@@ -297,3 +299,18 @@ def test_unknown_names():
     ):
         with pytest.raises(ResultError, match=sentence):
             call()
+
+
+def test_an_answer_that_the_grader_is_lost_on_says_so():
+    """It counts as wrong, and may be right. One that needs no algebra does not mention it."""
+
+    def lost(given, gold):
+        return [grading.Verdict(False, "timeout") for _ in given]
+
+    judged, question = task("plain", "file"), Question("1", "?", "x^2+x")
+    assert judged.verdict(question, "x(x+1)", lost) == Verdict("x(x+1)", False, "timeout")
+    assert judged.verdict(question, "x^2+x", lost) == Verdict("x^2+x", True)
+    several = dataclasses.replace(question, fields={"answers": json.dumps(["x^2+x", "x(x+1)"])})
+    assert judged.verdict(several, "x(x+1)", lost) == Verdict("x(x+1)", True), "another one of the right answers"
+    record = asking.make_record("own", judged, asking.Asked(question, None), 0, "x(x+1)", grade=lost)
+    assert (record.right, record.ungraded) == (False, "timeout")

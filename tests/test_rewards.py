@@ -29,6 +29,8 @@ import os, runpy, sys, time, types
 def grade_answer(given, gold):
     if given == "sleep":
         time.sleep(60)
+    if given == "wait":
+        time.sleep(0.4)
     if given == "spin":
         while True:
             pass
@@ -157,7 +159,7 @@ def test_rules_start_no_child(obedient):
 
 def test_a_lost_child_costs_one_answer(obedient, tmp_path):
     """Whatever happens to a pair, those around it are graded, by a new child if need be."""
-    grader = obedient(children=1, seconds=1.0)
+    grader = obedient(children=1, seconds=0.5)
     given = ["right", "exit", "$right$.", "spin", "right  ", "raise", "wrong", "forge", "allocate", "write", "start"]
     start = time.monotonic()
     verdicts = grader.grade(given, ["x+1"] * 9 + [str(tmp_path / "written"), "x+1"])
@@ -178,10 +180,14 @@ def test_a_lost_child_costs_one_answer(obedient, tmp_path):
     assert time.monotonic() - start < 30
 
 
-def test_a_child_that_sleeps_is_killed(obedient):
-    grader = obedient(children=1, seconds=0.5)
+def test_a_child_that_sleeps_is_killed_and_one_that_is_kept_waiting_is_not(obedient):
+    grader = obedient(children=1, seconds=0.2)
     start = time.monotonic()
-    assert grader.grade(["sleep", "right"], ["x", "x"]) == [Verdict(False, "timeout"), Verdict(True, "algebra")]
+    assert grader.grade(["wait", "sleep", "right"], ["x"] * 3) == [
+        Verdict(False, "algebra"),
+        Verdict(False, "timeout"),
+        Verdict(True, "algebra"),
+    ]
     assert time.monotonic() - start < 30
 
 
@@ -290,7 +296,7 @@ def test_format_reward_takes_linear_time():
 
 def test_accuracy_reward(monkeypatch):
     pytest.importorskip("mathruler")
-    monkeypatch.setattr(rewards, "_GRADER", grader := Grader(children=1, seconds=30.0))
+    monkeypatch.setattr(rewards, "_GRADER", grader := Grader(children=1, seconds=15.0))
     given = ["1+x", r"\frac{x}{2}", r"\sqrt{8}", "(1, 2)", "2/4", "x+2"]
     gold = ["x+1", "0.5x", r"2\sqrt{2}", "(1,2)", "1/2", "x+1"]
     logged = {}
@@ -322,7 +328,7 @@ HOSTILE = {
 
 def test_hostile_completions_are_zero_in_bounded_time(tmp_path, monkeypatch):
     pytest.importorskip("mathruler")
-    monkeypatch.setattr(rewards, "_GRADER", grader := Grader(children=1, seconds=4.0))
+    monkeypatch.setattr(rewards, "_GRADER", grader := Grader(children=1, seconds=2.0))
     special = list(tiny.SPECIAL_TOKENS)
     texts = [answered(text.format(tmp_path / "owned") if "touch" in text else text) for text in HOSTILE.values()]
     texts += [answered(token) for token in special] + list(HOSTILE.values()) + special
@@ -462,11 +468,18 @@ def test_a_missing_column_always_ends_the_run():
         Rewards([(accuracy_reward, 1.0)], on_error="zero")(TEXTS, {"answer": TEXTS}, ids=IDS)
 
 
+def test_a_module_that_is_there_and_imports_what_is_not_is_no_wrong_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="No module named 'not_installed'"):
+        Rewards([("my_rewards:short", 1.0)])
+
+
 @pytest.mark.parametrize(
     "functions, options, sentence",
     [
         ([], {}, "expected pairs of a function"),
-        ([("no.such.module:f", 1.0)], {}, "there is no module 'no.such.module'"),
+        ([("no.such.module:f", 1.0)], {}, "rewards: expected a Python module, got 'no.such.module' "),
         ([("pvm_jax.training.rewards:f", 1.0)], {}, "'pvm_jax.training.rewards' has no function 'f'"),
         ([("accuracy_reward", 1.0)], {}, "expected 'module:function', got 'accuracy_reward'"),
         (

@@ -54,11 +54,12 @@ def aggregate(task: Task, expected: Iterable[Key], records: Iterable[Record]) ->
 
     Returns:
       {"benchmark", "protocol", "version", "samples", "seeds", "metric", "score", "scores", "by", "by_length",
-      "truncated", "unparsed", "broken", "unjudged"}. `samples` are questions. `scores` is {name: {"value", "low",
-      "high", "count", "seeds": {seed: value}, "spread"}}; `metric` names the one that is `score`. `by` is {label:
-      {value: share}}, `by_length` a list of shares with "from" and "to" (not included; None: no limit). The last four
-      are shares of records: cut off at the limit, answered but without an answer that a rule found, not asked, and
-      answered but not judged. Shares are those of `intervals.share`.
+      "truncated", "unparsed", "broken", "unjudged", "ungraded"}. `samples` are questions. `scores` is {name: {"value",
+      "low", "high", "count", "seeds": {seed: value}, "spread"}}; `metric` names the one that is `score`. `by` is
+      {label: {value: share}}, `by_length` a list of shares with "from" and "to" (not included; None: no limit). The
+      last five are shares of records: cut off at the limit, answered but without an answer that a rule found, not
+      asked, answered but not judged, and wrong with the grader lost on the answer. Shares are those of
+      `intervals.share`.
 
     Raises:
       ResultError: a key that is missing, there twice, or not expected.
@@ -83,6 +84,7 @@ def aggregate(task: Task, expected: Iterable[Key], records: Iterable[Record]) ->
         "unparsed": _records_with(records, lambda r: r.completion is not None and r.answer is None and r.error is None),
         "broken": _records_with(records, lambda r: r.completion is None),
         "unjudged": _records_with(records, lambda r: r.completion is not None and r.error is not None),
+        "ungraded": _records_with(records, lambda r: r.ungraded is not None),
     }
 
 
@@ -243,7 +245,7 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_FAULTS = ("truncated", "unparsed", "broken", "unjudged")
+_FAULTS = ("truncated", "unparsed", "broken", "unjudged", "ungraded")
 
 
 def _mark(name: str, summary: Mapping[str, Any]) -> str:

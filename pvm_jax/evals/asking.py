@@ -18,6 +18,7 @@ from pvm_jax.data.packing import PATCHES_PER_TOKEN, Encoded, collate
 from pvm_jax.data.processor import Processor
 from pvm_jax.decoding import complete
 from pvm_jax.decoding_weights import for_decoding
+from pvm_jax.evals.agreement import Exchange, Note, agreed
 from pvm_jax.evals.free_answers import Grade
 from pvm_jax.evals.prompts import shown
 from pvm_jax.evals.protocols import Task
@@ -72,6 +73,10 @@ class Asked:
     error: str | None = None
 
 
+Shape = tuple[int, int]
+"""T and P of a batch."""
+
+
 def answers(
     model: Qwen3VL,
     processor: Processor,
@@ -82,6 +87,7 @@ def answers(
     mesh: Mesh | None = None,
     grade: Grade | None = None,
     weights: str = "gathered",
+    exchange: Exchange | None = None,
 ) -> Iterator[list[Record]]:
     """Records of the questions, batch by batch; one for each question and seed of the task, in no particular order.
 
@@ -90,6 +96,7 @@ def answers(
         passes the same questions and gets all records.
       grade: see `Task.verdict`.
       weights: how they lie meanwhile, see `decoding_weights.WEIGHTS`.
+      exchange: between these processes; None: there is one.
     """
     mesh = mesh_of(nnx.state(model)) if mesh is None else mesh
     ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
@@ -98,7 +105,7 @@ def answers(
     if not questions:
         return  # nothing is drawn: no copy of the weights is made
     model = for_decoding(model, weights)
-    for batch in _batches(processor, task, questions, shapes, prompts):
+    for batch in _batches(processor, task, questions, shapes, prompts, exchange):
         if isinstance(batch, Asked):
             yield [make_record(benchmark, task, batch, seed) for seed in seeds]
             continue
@@ -126,11 +133,16 @@ def answers(
 
 
 def _batches(
-    processor: Processor, task: Task, questions: Sequence[Question], shapes: Shapes, prompts: int
-) -> Iterator[Asked | tuple[tuple[int, int], list[Asked]]]:
+    processor: Processor,
+    task: Task,
+    questions: Sequence[Question],
+    shapes: Shapes,
+    prompts: int,
+    exchange: Exchange | None = None,
+) -> Iterator[Asked | tuple[Shape, list[Asked]]]:
     """Batches of at most `prompts` questions and their shape; alone, without a shape, those that cannot be asked."""
 
-    def ask(question: Question) -> tuple[Asked, tuple[int, int]]:
+    def ask(question: Question) -> tuple[Asked, Shape]:
         try:
             messages = task.messages(question)
             prompt = processor.encode({"id": question.index, "messages": messages}, add_generation_prompt=True)
@@ -138,21 +150,31 @@ def _batches(
         except DataError as error:
             return Asked(question, None, error=str(error)), (0, 0)
 
-    waiting: dict[tuple[int, int], list[Asked]] = {}
+    at_once = 1 if exchange is None else prompts  # processes talk once a batch
+    waiting: dict[Shape, list[Asked]] = {}
     with ThreadPoolExecutor(shapes.threads, "encode") as pool:
         places = iter(range(len(questions)))
         # While a batch is answered the next one is encoded; more of them would be gigabytes of patches.
         ahead = [pool.submit(ask, questions[i]) for i in itertools.islice(places, prompts)]
         while ahead:
-            asked, shape = ahead.pop(0).result()
-            ahead += [pool.submit(ask, questions[i]) for i in itertools.islice(places, 1)]
-            if asked.prompt is None:
-                yield asked
-                continue
-            waiting.setdefault(shape, []).append(asked)
-            if len(waiting[shape]) == prompts:
-                yield shape, waiting.pop(shape)
+            made = [future.result() for future in ahead[:at_once]]
+            ahead = ahead[at_once:] + [pool.submit(ask, questions[i]) for i in itertools.islice(places, at_once)]
+            for asked, shape in made if exchange is None else _together(made, exchange):
+                if asked.prompt is None:
+                    yield asked
+                    continue
+                waiting.setdefault(shape, []).append(asked)
+                if len(waiting[shape]) == prompts:
+                    yield shape, waiting.pop(shape)
     yield from waiting.items()
+
+
+def _together(made: Sequence[tuple[Asked, Shape]], exchange: Exchange) -> Iterator[tuple[Asked, Shape]]:
+    """The questions as all processes can ask them."""
+    notes = agreed([Note(asked.question.index, *shape, asked.error) for asked, shape in made], exchange)
+    for (asked, _), note in zip(made, notes):
+        failed = Asked(asked.question, None, error=note.error)
+        yield asked if note.error is None else failed, (note.length, note.patches)
 
 
 def _row_seed(benchmark: str, index: str, seed: int) -> int:
@@ -190,4 +212,5 @@ def make_record(
         answer=verdict.answer,
         right=verdict.right,
         error=asked.error,
+        ungraded=verdict.ungraded,
     )

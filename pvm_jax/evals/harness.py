@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from pvm_jax.data.processor import Processor
 from pvm_jax.decoding_weights import WEIGHTS
-from pvm_jax.evals import aggregate, protocols
+from pvm_jax.evals import aggregate, agreement, protocols
 from pvm_jax.evals.asking import Asked, Shapes, answers, make_record
 from pvm_jax.evals.benchmark_files import table_paths
 from pvm_jax.evals.benchmarks import Benchmark, benchmark_kind, open_benchmark
@@ -152,18 +152,31 @@ class Prepared:
     def questions(self) -> Sequence[Question]:
         return self.benchmark[: self.options.limit]
 
-    def answers(self, model: Qwen3VL, mesh: Mesh | None = None, known: Container[str] = ()) -> Iterator[list[Record]]:
-        """Records of the questions whose index is not `known`, batch by batch, with the verdicts of rules."""
+    def answers(
+        self,
+        model: Qwen3VL,
+        mesh: Mesh | None = None,
+        known: Container[str] = (),
+        exchange: agreement.Exchange | None = None,
+    ) -> Iterator[list[Record]]:
+        """Records of the questions whose index is not `known`, batch by batch, with the verdicts of rules.
+
+        Args:
+          exchange: see `asking.answers`.
+        """
         name, broken = self.benchmark.name, self.benchmark.broken
         left = [question for question in self.questions if question.index not in known]
+        if exchange:
+            asked = [question.index for question in left]
+            agreement.check_same(name, self.benchmark.checksum, asked, sorted(broken), exchange)
         for question in left:
             if question.index in broken:
                 asked = Asked(question, None, error=broken[question.index])
                 yield [make_record(name, self.task, asked, seed) for seed in self.task.seeds]
         whole = [question for question in left if question.index not in broken]
         with closing(Grader()) as grader:
-            shapes, weights = self.options.shapes, self.options.weights
-            yield from answers(model, self.processor, name, self.task, whole, shapes, mesh, grader.grade, weights)
+            shapes, weights, grade = self.options.shapes, self.options.weights, grader.grade
+            yield from answers(model, self.processor, name, self.task, whole, shapes, mesh, grade, weights, exchange)
 
     def judged(self, records: Sequence[Record]) -> list[Record]:
         """The records with the judge's verdicts; where it fails, the rule's stays, and the record says why."""
@@ -239,8 +252,12 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
     if not evaluation.writes:
         ledger = Ledger(evaluation.workdir, evaluation.name, identity, prepared.task.seeds, writes=False)
     evaluation.barrier(f"records of {evaluation.name} read")
+    unjudged = [record for record in ledger.records if record.completion is not None and record.error is not None]
+    if evaluation.writes and unjudged:  # the judge was not to be had
+        ledger.replace(prepared.judged(unjudged))
     progress = _Progress(evaluation.name, len(prepared.questions) * len(prepared.task.seeds), ledger.records)
-    for records in prepared.answers(evaluation.model, evaluation.mesh, {r.index for r in ledger.records}):
+    known = {record.index for record in ledger.records}
+    for records in prepared.answers(evaluation.model, evaluation.mesh, known, agreement.exchange()):
         if evaluation.writes:  # the judge is asked once
             records = prepared.judged(records)
             progress.add(records)
@@ -260,15 +277,18 @@ def make_evaluator(
     `name` is that of its entry in `config.evals`.
     """
     prepared = Prepared.of(name, processor, options)
+    exchange = agreement.exchange()
 
     def evaluator(model: nnx.Module) -> dict[str, tuple[float, float]]:
-        records = [record for batch in prepared.answers(model) for record in batch]
+        records = [record for batch in prepared.answers(model, exchange=exchange) for record in batch]
         if jax.process_index() == 0:  # which logs
             records = prepared.judged(records)
+        if exchange:  # without a time limit, as what follows may have one (a checkpoint's, in Orbax)
+            exchange("judged")
         summary = prepared.summary(records)
         found = {score: (of["value"], 1.0) for score, of in summary["scores"].items()}
-        shares = ("truncated", "unparsed", "broken")
-        found |= {share: (summary[share]["right"], summary[share]["count"]) for share in shares}
+        faults = ("truncated", "unparsed", "broken", "ungraded")
+        found |= {fault: (summary[fault]["right"], summary[fault]["count"]) for fault in faults}
         return found | {"tokens": (sum(record.tokens for record in records), len(records))}
 
     return evaluator

@@ -58,6 +58,13 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
 
+    def replace(self, records: Sequence[Record]) -> None:
+        """Puts records in the place of those with the same keys; they are on disk when this returns."""
+        new = {record.key: record for record in records}
+        self.records = [new.get(record.key, record) for record in self.records]
+        if self._writes:
+            write_records(self.path, self.records)
+
     def _check(self, identity: Mapping[str, Any]) -> None:
         try:
             before = json.loads(self._run.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ THUMBNAIL = 256
 TEXT = 12_000
 """Characters of a completion on the page; of a longer one the middle is left out."""
 OF_QUESTION = ("text", "answer", "options", "hint", "labels")
-OF_ANSWER = ("completion", "tokens", "finish_reason", "answer", "right", "error", "judge")
+OF_ANSWER = ("completion", "tokens", "finish_reason", "answer", "right", "error", "judge", "ungraded")
 
 
 def write_page(

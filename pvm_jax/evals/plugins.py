@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from pvm_jax import cli
 from pvm_jax.data.processor import Processor
 from pvm_jax.evals.results import ResultError
 from pvm_jax.models.qwen3_vl import Qwen3VL
@@ -55,12 +56,7 @@ def find_run(module: str | None, name: str) -> Callable[..., Any]:
     """
     if not module:
         raise ResultError(f"config.evals.{name}.module: expected the name of a Python module")
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
-        raise ResultError(f"config.evals.{name}.module: expected a Python module, got {module!r} ({error})") from None
+    found = cli.plug_in(module, f"config.evals.{name}.module", ResultError)
     if not hasattr(found, "run"):
         raise ResultError(f"config.evals.{name}.module: expected a module with `run`, and {module!r} has none")
     return found.run

@@ -24,6 +24,7 @@ from pvm_jax.evals.free_answers import Grade
 from pvm_jax.evals.prompts import INSTRUCTION, LMMS, OWN_TEMPLATE, Content, in_place, question_and_options, shown
 from pvm_jax.evals.questions import Question, Verdict
 from pvm_jax.evals.results import ResultError
+from pvm_jax.grading import LOST
 from pvm_jax.sampling import Sampling
 
 VERSIONS = {"lmms_default": 1, "pvm_reasoning": 1, "plain": 1}
@@ -104,6 +105,18 @@ class Task:
         text = extract.final_text(completion)
         for end in self.stop:
             text = text.partition(end)[0]
+        lost: list[str] = []
+
+        def watched(given: Sequence[str | None], gold: Sequence[str]) -> Sequence[Any]:
+            """`grade`, of which rules see only whether answers are equal."""
+            graded = grade(given, gold)
+            lost.extend(one.reason for one in graded if one.reason in LOST)
+            return graded
+
+        verdict = self._verdict(question, text, grade and watched)
+        return dataclasses.replace(verdict, ungraded=lost[0]) if lost and not verdict.right else verdict
+
+    def _verdict(self, question: Question, text: str, grade: Grade | None) -> Verdict:
         found = None
         for answer in json.loads(question.fields.get("answers", "[]")) or [question.answer]:
             verdict = extract.verdict(dataclasses.replace(question, answer=answer), text, self.rule, grade)

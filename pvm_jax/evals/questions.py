@@ -44,10 +44,12 @@ class Verdict:
     Attributes:
       answer: a letter of the options, or text; None: no rule found an answer, which is wrong and counted.
       right: never True without an answer.
+      ungraded: "timeout" or "crash" where the grader was lost on a wrong answer: it may be right.
     """
 
     answer: str | None
     right: bool
+    ungraded: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Record:
       completion: the whole output; None where there is none.
       tokens, prompt_tokens: of completion and prompt.
       finish_reason: "stop" or "length"; "" without a completion.
-      answer, right: of the `Verdict`.
+      answer, right, ungraded: of the `Verdict`.
       error: why the question could not be asked (an image that does not decode) or judged; None mostly. Such a
         record counts as wrong, and apart.
       judge: the model that gave the verdict, None where a rule did.
@@ -82,6 +84,7 @@ class Record:
     right: bool
     error: str | None = None
     judge: str | None = None
+    ungraded: str | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:

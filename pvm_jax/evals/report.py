@@ -22,7 +22,7 @@ from pvm_jax.evals.pages import Images, write_page
 from pvm_jax.evals.results import ResultError, read_records, read_result
 
 NEEDED = ("benchmark", "protocol", "version", "samples", "seeds", "metric", "score", "scores", "by", "by_length")
-MISSES = ("truncated", "unparsed", "broken", "unjudged")
+MISSES = ("truncated", "unparsed", "broken", "unjudged", "ungraded")
 """Shares of answers that are wrong for another reason than what they say; a table has those that occur."""
 ALWAYS = ("truncated", "unparsed")
 

@@ -56,7 +56,7 @@ def _judged_again(task: Task, record: Record, grader: Grader) -> Record:
     if record.completion is None or record.judge:
         return record
     verdict = task.verdict(Question(**record.question), record.completion, grader.grade)
-    return dataclasses.replace(record, answer=verdict.answer, right=verdict.right)
+    return dataclasses.replace(record, **dataclasses.asdict(verdict))
 
 
 def changed(before: Mapping[tuple, bool], records: list[Record]) -> str:

@@ -25,11 +25,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from pvm_jax.distributed import PATIENCE
 from pvm_jax.training.freeze import Arrays
 from pvm_jax.training.stage import TrainingError
 from pvm_jax.training.step import TrainState
 
 FILES = "files.json"
+_READERS = 8  # threads that read files; zlib lets others run
 _LATE = "_CHECKPOINT_METADATA"  # Orbax writes the time into it when all other files are finished
 
 
@@ -48,7 +50,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=keep,
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._list_files),
+                # Others wait while process 0 reads all of a checkpoint for its list of files.
+                async_options=ocp.AsyncOptions(timeout_secs=int(PATIENCE), post_finalization_callback=self._list_files),
             ),
             item_handlers={
                 "trainable": ocp.StandardCheckpointHandler(),
@@ -169,7 +172,7 @@ def write_files_list(directory: Path) -> None:
     """files.json of a checkpoint."""
     found = (path for path in directory.rglob("*") if path.is_file() and path != directory / _LATE)
     files = {path.relative_to(directory).as_posix(): path for path in found}
-    with ThreadPoolExecutor(8) as pool:  # zlib lets other threads run
+    with ThreadPoolExecutor(_READERS) as pool:
         sums = pool.map(_size_and_sum, files.values())
         (directory / FILES).write_text(json.dumps(dict(zip(files, sums)), indent=0) + "\n", encoding="utf-8")
 
@@ -186,22 +189,33 @@ def damage(directory: Path) -> str | None:
             json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, FileNotFoundError):
             return f"{file} is no JSON"
-    for name, (size, checksum) in json.loads((directory / FILES).read_text(encoding="utf-8")).items():
-        file = directory / name
-        if not file.is_file():
-            return f"{file} is missing"
-        got = _size_and_sum(file)
-        if got[0] != size:
-            return f"{file} has {got[0]} bytes instead of {size}"
-        if got[1] != checksum:
-            return f"{file} does not hold what was written"
-    return None
+    listed = json.loads((directory / FILES).read_text(encoding="utf-8"))
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            problems = pool.map(lambda name: _difference(directory / name, *listed[name]), listed)
+            return next((problem for problem in problems if problem), None)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _difference(file: Path, size: int, checksum: int) -> str | None:
+    """What a file has otherwise than it was written, or None."""
+    if not file.is_file():
+        return f"{file} is missing"
+    got = _size_and_sum(file)
+    if got[0] != size:
+        return f"{file} has {got[0]} bytes instead of {size}"
+    return None if got[1] == checksum else f"{file} does not hold what was written"
 
 
 def set_aside_damaged(workdir: Path) -> list[str]:
     """Renames the newest checkpoints that are damaged to `<step>.damaged`, down to the first that is whole.
 
     To be called by one process, before any opens `Checkpoints`. Returns a warning for each.
+
+    Raises:
+      TrainingError: none is whole, now or at an earlier start. A run that began again would remove what may still be
+        of use: `model/` and the lines of metrics.jsonl.
     """
     warnings = []
     directory = workdir / "checkpoints"
@@ -212,6 +226,14 @@ def set_aside_damaged(workdir: Path) -> list[str]:
         target = _free_name(directory / f"{step}.damaged")
         (directory / str(step)).rename(target)
         warnings.append(f"{problem}: the checkpoint of step {step} is damaged, now called {target.name}, and not used")
+    damaged = sorted(directory.glob("*.damaged*"))
+    if damaged and not complete_steps(directory):
+        reasons = "".join(f" ({warning})" for warning in warnings[:1])
+        raise TrainingError(
+            f"{directory}: expected a checkpoint that is whole, and there are only {', '.join(p.name for p in damaged)}"
+            f"{reasons}; bring back the files of one from a copy and rename it to its step, choose another --workdir, "
+            "or remove these to begin again from step 0"
+        )
     return warnings
 
 

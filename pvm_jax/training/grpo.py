@@ -37,6 +37,7 @@ from pvm_jax.data.order import permutation
 from pvm_jax.data.packing import Encoded
 from pvm_jax.data.prompts import Prompt, Prompts, open_prompts, reward_columns
 from pvm_jax.data.records import renaming
+from pvm_jax.data.share import never
 from pvm_jax.training import rollout as rollouts
 from pvm_jax.training.freeze import head_trains
 from pvm_jax.training.policy_loss import PolicyBatch, advantages, token_weights
@@ -112,7 +113,7 @@ class GRPO:
         """The rollout's rows; the policy is asked at its first step alone, or where nothing was kept of it."""
         number, iteration = divmod(step, self._settings.iterations)
         if self._now is None or self._now[0].number != number:
-            self._now = self._begin(number, policy, resumed=iteration > 0)
+            self._now = self._begin(number, policy, step)
         drawn = self._now[1]
         # What the host knows of a rollout is logged once.
         return drawn if iteration == 0 else dataclasses.replace(drawn, metrics={}, seconds={})
@@ -125,19 +126,16 @@ class GRPO:
 
     # ---- A rollout -----------------------------------------------------------------------------------------------
 
-    def _begin(self, number: int, policy: Callable[[], nnx.Module], resumed: bool) -> tuple[Rollout, StageBatch]:
+    def _begin(self, number: int, policy: Callable[[], nnx.Module], step: int) -> tuple[Rollout, StageBatch]:
         settings, share = self._settings, self._setup.share
+        resumed = step % settings.iterations > 0
         drawn, prompts = self._draw(number)
+        self._check_agreement(number, drawn, prompts)
         kept = rollouts.file(self._setup.workdir, number)
         metrics: dict[str, Fraction] = {}
         watch = Stopwatch()
         if resumed:
-            if not kept.is_file():
-                raise TrainingError(
-                    f"{kept}: expected the completions that step {number * settings.iterations + 1} began with, found "
-                    "nothing; start again from an older checkpoint, or in a new workdir"
-                )
-            rollout = Rollout.load(kept, number, prompts)
+            rollout = Rollout.load(kept, step, number, prompts)
         else:
             model = policy()
             with watch("update"):  # of the step before, which is still running
@@ -204,6 +202,30 @@ class GRPO:
         advice = "16 prompts in a row could not be used" if attempt else "or set config.data.bad_rows='skip'"
         raise TrainingError(f"{reason}; mend the row, raise the limit; {advice}")
 
+    def _check_agreement(self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded]) -> None:
+        """Each process reads prompts on its own; with other ones in one of them, completions would be of no prompt.
+
+        Raises:
+          TrainingError: in each of them, if they differ.
+        """
+        share = self._setup.share
+        if share.count == 1:
+            return
+        mine = [len(self._prompts), [[p.id, len(e.tokens), len(e.patches)] for p, e in zip(drawn, prompts)]]
+        first, *others = map(json.loads, share.exchange(2 * number, json.dumps(mine), never))
+        for process, other in enumerate(others, 1):
+            if other == first:
+                continue
+            if other[0] != first[0]:
+                what = f"{other[0]} prompts can be used, and in process 0 {first[0]}"
+            else:
+                a, b = next(pair for pair in zip(other[1], first[1]) if pair[0] != pair[1])
+                what = f"prompt {a[0]} ({a[1]} tokens, {a[2]} patches), and in process 0 {b[0]} ({b[1]}, {b[2]})"
+            raise TrainingError(
+                f"rollout {number}: expected the same prompts in all processes, found in process {process} {what}; "
+                "see in its log what was left out, let all hosts read the same files, and start the run again"
+            )
+
     def _draw_and_reward(
         self, number: int, drawn: Sequence[Prompt], prompts: Sequence[Encoded], model: nnx.Module, watch: Stopwatch
     ) -> tuple[Rollout, dict[str, Fraction]]:
@@ -266,7 +288,7 @@ class GRPO:
                 rollouts.write_samples(path, settings.samples, [prompt.id for prompt in prompts], texts, scores, made)
             metrics = {name: [float(s), float(n)] for name, (s, n) in scores.metrics.items()}
             answer = json.dumps([scores.total.tolist(), metrics])
-        told = setup.share.exchange(number, answer, lambda: False)[0]
+        told = setup.share.exchange(2 * number + 1, answer, never)[0]  # 2 * number: `_check_agreement`
         total, metrics = json.loads(told)
         return np.asarray(total, np.float32), {name: tuple(pair) for name, pair in metrics.items()}
 

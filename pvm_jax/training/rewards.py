@@ -23,7 +23,6 @@ that differs from the release, is in `pvm_jax/grading.py`.
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import math
 import numbers
@@ -36,6 +35,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float64
 
+from pvm_jax import cli
 from pvm_jax.answers import final_answer
 from pvm_jax.grading import REASONS, Grader, GradingError
 from pvm_jax.training.stage import Fraction, TrainingError
@@ -297,14 +297,12 @@ def _named(given: str | RewardFunction) -> tuple[str, RewardFunction]:
     if not isinstance(given, str):
         return getattr(given, "__name__", type(given).__name__), given
     module, _, name = given.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name) if module and name else None
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
-        raise TrainingError(f"rewards: expected 'module:function', and there is no module {module!r}") from None
-    except AttributeError:
-        raise TrainingError(f"rewards: the module {module!r} has no function {name!r}") from None
+    if not module or not name:
+        raise TrainingError(f"rewards: expected 'module:function', got {given!r}")
+    found = cli.plug_in(module, "rewards", TrainingError)
+    if not hasattr(found, name):
+        raise TrainingError(f"rewards: the module {module!r} has no function {name!r}")
+    function = getattr(found, name)
     if not callable(function):
         raise TrainingError(f"rewards: expected 'module:function', got {given!r}")
     return name, function

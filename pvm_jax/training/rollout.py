@@ -5,6 +5,7 @@ All functions here give every process the same result; of a batch to learn from 
 
 import dataclasses
 import json
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,22 +93,28 @@ class Rollout:
         arrays = dataclasses.asdict(self.completions) | {name: getattr(self, name) for name in _ARRAYS}
         with partial.open("wb") as file:
             np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that lies within this rollout needs it
         partial.replace(path)
 
     @classmethod
-    def load(cls, path: Path, number: int, prompts: Sequence[Encoded]) -> "Rollout":
-        """What `save` wrote.
+    def load(cls, path: Path, step: int, number: int, prompts: Sequence[Encoded]) -> "Rollout":
+        """What `save` wrote, for a run that resumes after `step` steps, within this rollout.
 
         Raises:
-          TrainingError: the file is damaged.
+          TrainingError: the file is not there, or damaged.
         """
+        checkpoint = path.parents[1] / "checkpoints" / str(step)
+        advice = f"move {checkpoint} out of its folder and start again: the run goes on from the checkpoint before it"
+        if not path.is_file():
+            raise TrainingError(f"{path}: expected the completions of rollout {number}, found nothing; {advice}")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file}  # each has its checksum
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise TrainingError(
                 f"{path}: expected the completions of rollout {number}, and the file is damaged "
-                f"({type(error).__name__}); start again from an older checkpoint, or in a new workdir"
+                f"({type(error).__name__}); {advice}"
             ) from error
         fields = {field.name: arrays[field.name] for field in dataclasses.fields(Completions)}
         return cls(number, prompts, Completions(**fields), **{name: arrays[name] for name in _ARRAYS})

@@ -1,7 +1,6 @@
 """From a configuration to a model, its parameters and the plug-ins, for `train.py`."""
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pvm_jax import cli
 from pvm_jax.checkpoint import Checkpoint, OneKey, load_params
 from pvm_jax.config import ModelConfig
 from pvm_jax.lora import IS_LORA, LoRAConfig
@@ -196,12 +196,7 @@ def plug_in(module: str, function: str, key: str) -> Callable[..., Any]:
     Raises:
       TrainingError: there is no such module or function.
     """
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # the module is there, something that it imports is not
-        raise TrainingError(f"{key}: expected a Python module, got {module!r} ({error})") from None
+    found = cli.plug_in(module, key, TrainingError)
     if not hasattr(found, function):
         raise TrainingError(f"{key}: expected a module with a function {function}, and {module!r} has none")
     return getattr(found, function)
