@@ -216,16 +216,17 @@ def abstract_model(config: ModelConfig, **options: Any) -> Qwen3VL:
 
 def abstract_params(state: nnx.State, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape, dtype and (with a mesh) sharding of a model's parameters; `state` as `nnx.split` gives it."""
-    flat = _flat_state(state)
+    flat = flatten(state)
     if mesh is None:
         return {path: jax.ShapeDtypeStruct(v.shape, v.dtype) for path, v in flat.items()}
-    shardings = _flat_state(sharding.param_shardings(state, mesh))
+    shardings = flatten(sharding.param_shardings(state, mesh))
     return {
         path: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=shardings[path].get_value()) for path, v in flat.items()
     }
 
 
-def _flat_state(state: nnx.State) -> dict[str, nnx.Variable]:
+def flatten(state: nnx.State) -> dict[str, nnx.Variable]:
+    """The variables of an `nnx.State` by name: `{"text/norm": Param(...), ...}`."""
     return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 

@@ -21,13 +21,13 @@ from safetensors.numpy import load_file
 import pvm_jax
 from configs.common import LORA_ONLY, PVM_AND_LORA
 from pvm_jax import convert, orbax_io
-from pvm_jax.checkpoint import Checkpoint, base_record, load_model, load_params, open_checkpoint
+from pvm_jax.checkpoint import Checkpoint, base_record, flatten, load_model, load_params, open_checkpoint
 from pvm_jax.config import ConfigError, ModelConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.lora import LINEAR_MAPS, LoRAConfig, with_lora
 from pvm_jax.lora_files import name_of_base
 from pvm_jax.models.qwen3_vl import Qwen3VL
-from pvm_jax.training.freeze import Partition, flatten
+from pvm_jax.training.freeze import Partition
 from pvm_jax.training.losses import cross_entropy
 from pvm_jax.training.setup import add_lora
 from pvm_jax.training.stage import TrainingError

@@ -12,12 +12,13 @@ import tiny
 import torch
 from flax import nnx
 
+from pvm_jax.checkpoint import flatten
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.packing import collate
 from pvm_jax.data.processor import Processor
 from pvm_jax.models.layers import VECTORS
 from pvm_jax.models.qwen3_vl import Qwen3VL
-from pvm_jax.training.freeze import Partition, describe, flatten, trainable_names
+from pvm_jax.training.freeze import Partition, describe, trainable_names
 from pvm_jax.training.losses import cross_entropy
 from pvm_jax.training.optim import OptimizerConfig, make_optimizer, make_schedule
 from pvm_jax.training.stage import StageBatch, TrainingError

@@ -15,17 +15,13 @@ from typing import Any
 
 from flax import nnx
 
+from pvm_jax.checkpoint import flatten
 from pvm_jax.config import ModelConfig
 from pvm_jax.training.stage import TrainingError
 
 Table = Sequence[tuple[str, bool]]
 Arrays = dict[str, Any]
 """Parameters (or their gradients, shapes, shardings) by name."""
-
-
-def flatten(state: nnx.State) -> dict[str, nnx.Variable]:
-    """The variables of an `nnx.State` by name: `{"text/norm": Param(...), ...}`."""
-    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 
 
 def trainable_names(names: Sequence[str], table: Table) -> tuple[str, ...]:

@@ -11,13 +11,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pvm_jax import cli
-from pvm_jax.checkpoint import Checkpoint, OneKey, load_params
+from pvm_jax.checkpoint import Checkpoint, OneKey, flatten, load_params
 from pvm_jax.config import ModelConfig
 from pvm_jax.lora import IS_LORA, LoRAConfig
 from pvm_jax.models import attention_kernels
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import AnyMesh, param_shardings
-from pvm_jax.training.freeze import Arrays, Partition, Table, flatten
+from pvm_jax.training.freeze import Arrays, Partition, Table
 from pvm_jax.training.stage import Fraction, Objective, Setup, Stage, TrainingError
 
 Evaluate = Callable[[nnx.Module], Mapping[str, Fraction]]
