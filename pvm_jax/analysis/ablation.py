@@ -192,6 +192,12 @@ class Book:
             "name another --out"
         )
 
+    def has(self, run: Run) -> bool:
+        """Whether it is recorded; what is not trained is with any seed, which its evaluation does not depend on."""
+        if "train" in run.commands:
+            return run.key in self.runs
+        return any(key.rpartition("/")[0] == run.row for key in self.runs)
+
     def add(self, run: Run, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
         self.rows[run.row] = {"title": title, "config": config}
         self.runs[run.key] = dict(result)
@@ -274,7 +280,7 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
     for row, config in configs.items():
         commands = functools.partial(grid.commands, row, run=RUN, data=DATA, smoke=smoke)
         book.check(row, config, commands, lambda: conditions(grid, smoke))
-    left = [run for run in planned if run.key not in book.runs]
+    left = [run for run in planned if not book.has(run)]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
     cache = str((options.runs / "xla").absolute())
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
