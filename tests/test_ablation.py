@@ -151,7 +151,7 @@ def test_runs_that_do_not_compare_are_refused(grid, tmp_path, monkeypatch, chang
     assert done(tmp_path) == ["a-0 train"]
 
 
-def test_another_device_is_refused_and_a_first_record_goes_by_its_commands(grid, tmp_path, monkeypatch):
+def test_another_device_is_refused_and_so_is_a_record_without_one(grid, tmp_path, monkeypatch):
     grid("--rows=a", "--seeds=0")
     monkeypatch.setattr(ablation, "device", lambda: ("cpu", "TPU v5"))
     with pytest.raises(SystemExit, match=r"another setting \(device: there 'cpu', here 'TPU v5'\); name another --out"):
@@ -160,11 +160,15 @@ def test_another_device_is_refused_and_a_first_record_goes_by_its_commands(grid,
     book = json.loads(file.read_text())
     del book["runs"]["a/0"]["conditions"]
     file.write_text(json.dumps(book))
-    grid("--rows=a", "--seeds=1")
-    assert done(tmp_path) == ["a-0 train", "a-1 train"]
-    monkeypatch.setattr(sys.modules["stand_in"], "RATHER", ["wide"])
-    with pytest.raises(SystemExit, match="row 'a' was recorded with another command"):
-        grid("--rows=a", "--seeds=2")
+    with pytest.raises(
+        SystemExit, match=r"run 'a/0' was recorded without `conditions`.*delete it there to have it run"
+    ):
+        grid("--rows=a", "--seeds=1")
+    assert done(tmp_path) == ["a-0 train"]
+    grid("--rows=a", "--tables")
+    del book["runs"]["a/0"]
+    file.write_text(json.dumps(book))
+    grid("--rows=a", "--seeds=0")
 
 
 def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch):
@@ -228,6 +232,13 @@ def test_mistakes_are_one_sentence(grid, argument, message):
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         grid(argument)
     assert "\n" not in str(caught.value)
+
+
+def test_a_record_that_cannot_be_written_is_said_before_anything_runs(grid, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\] .*file'$"):
+        grid("--seeds=0", f"--out={tmp_path / 'file' / 'grid.json'}")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_intervals_in_closed_form():

@@ -35,9 +35,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pvm_jax import cli
 from pvm_jax.analysis.ablation_tables import draw, markdown, numbers
-from pvm_jax.cli import leaves
 from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
+from pvm_jax.model_files import check_writable
 
 FREE = re.compile(r"(^|\.)(seed|path)$")
 """Keys that differ from run to run of a row."""
@@ -136,7 +137,7 @@ def _last(log: Path) -> str:
 
 def _of_evaluation(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Flat, without the paths of its data."""
-    flat = leaves({"evaluation": json.loads(json.dumps(options))})
+    flat = cli.leaves({"evaluation": json.loads(json.dumps(options))})
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
@@ -167,7 +168,7 @@ class Book:
 
         Args:
           commands: of the row with a seed, with RUN and DATA for the folders.
-          conditions: as in a run's entry; asked for if there is one that has them.
+          conditions: as in a run's entry; asked for if there is one.
         """
         if row not in self.rows:
             return
@@ -178,8 +179,12 @@ class Book:
                 continue
             if differ := difference([shlex.split(line) for line in run["commands"]], commands(int(seed))):
                 self._refuse(row, "command", *differ)
-            if "conditions" in run:  # the first grids recorded none: there the commands have to do
-                self._compare(row, "setting", run["conditions"], conditions())
+            if "conditions" not in run:
+                raise ResultError(
+                    f"{self.path}: run {key!r} was recorded without `conditions` (dtype, device, evaluation), so that "
+                    "nothing can be compared with it; delete it there to have it run again, or name another --out"
+                )
+            self._compare(row, "setting", run["conditions"], conditions())
 
     def _compare(self, row: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for key in sorted(there.keys() | here.keys()):
@@ -269,7 +274,7 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
     if "train" not in run.commands:
         return None
     config = grid.get_config(f"{run.row},smoke" if smoke else run.row, data).to_dict()
-    flat = leaves(json.loads(json.dumps(config)))
+    flat = cli.leaves(json.loads(json.dumps(config)))
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
@@ -319,8 +324,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         failed = _run(options)
-    except ResultError as error:
-        sys.exit(f"error: {error}")
+    except (ResultError, OSError) as error:
+        sys.exit(f"error: {cli.sentence(error) or error}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the first: {failed[0]}")
 
@@ -346,6 +351,7 @@ def _run(options: argparse.Namespace) -> list[str]:
         raise ResultError(f"--smoke: expected another --out than {OUT}, which is the record of whole runs")
     if importlib.util.find_spec("matplotlib") is None:
         raise ResultError("the picture needs matplotlib, which is not installed; pip install -e '.[demo]'")
+    check_writable(options.out.parent)
     book = Book(options.out)
     failed = [] if options.tables else work(grid, planned, book, options)
     if not book.runs and not failed:
