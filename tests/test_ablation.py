@@ -1,5 +1,6 @@
 """The grid of ablations: its rows, its runner on a grid of stand-ins and on the real commands, its numbers."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+from flax import nnx
 
 from pvm_jax import convert
 from pvm_jax.analysis import ablation
 from pvm_jax.analysis.ablation_tables import markdown, numbers, over_seeds, pooled
+from pvm_jax.cli import leaves
 from pvm_jax.config import ModelConfig
 from pvm_jax.data import digits
 from pvm_jax.data.digits_task import Spec
+from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.training.freeze import flatten, trainable_names
 from pvm_jax.training.setup import add_lora
 
 ROOT = Path(__file__).parents[1]
@@ -300,6 +305,34 @@ def test_rows_change_what_their_titles_say(rows):
     splits = {n: {s.split for s in rows.get_config(n).data.streams.values()} for n in ("pvm_64", "lora_64", "lora_505")}
     assert splits == {"pvm_64": {"sft_64", "sft_easy"}, "lora_64": {"sft_64"}, "lora_505": {"sft_64", "sft_505"}}
     assert rows.get_config("pvm_505", "x").data.streams.long.path == "x/digits/long/2.2.0"
+
+
+def test_what_each_row_trains_and_changes(rows):
+    """Against tests/golden/ablation.txt: row, parameters that train, how it starts, and what differs from `pvm`."""
+    base = json.loads((ROOT / rows.BASE / "config.json").read_text())
+    pvm = leaves(json.loads(json.dumps(rows.get_config("pvm").to_dict())))
+
+    @functools.cache
+    def shapes(sizes: ModelConfig) -> dict[str, int]:
+        model = nnx.eval_shape(lambda: Qwen3VL(sizes, rngs=nnx.Rngs(0)))
+        return {name: variable.size for name, variable in flatten(nnx.state(model)).items()}
+
+    lines = []
+    for name, (_, options, change) in rows.ROWS.items():
+        if change is None:
+            continue
+        config, raw = rows.get_config(name), base
+        if options:
+            given = vars(convert._parser().parse_args(rows.commands(name, 1, "x")["convert"][3:]))
+            fields = {field: given[f"pvm_{field}"] for field in convert._PVMOptions.__dataclass_fields__}
+            raw = convert._PVMOptions(**fields | {"seed": 0, "init": "normal"}).applied(base, ROOT)
+        sizes = shapes(add_lora(ModelConfig.from_hf(raw), **config.model.lora))
+        count = sum(sizes[parameter] for parameter in trainable_names(tuple(sizes), config.freeze))
+        own = leaves(json.loads(json.dumps(config.to_dict())))
+        changed = {".".join(key.split(".")[:3]) for key in own.keys() | pvm.keys() if own.get(key) != pvm.get(key)}
+        start = " ".join(option.removeprefix("--pvm_") for option in options) if options else "base"
+        lines.append(f"{name} | {count:,} | {start} | {' '.join(sorted(changed)) or '-'}")
+    assert "\n".join(lines) + "\n" == (ROOT / "tests/golden/ablation.txt").read_text()
 
 
 def test_a_row_by_the_real_commands(tmp_path, monkeypatch):
