@@ -1,6 +1,7 @@
 """`python -m pvm_jax.analysis`: what it writes and prints, and what it says to mistakes."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -158,6 +159,24 @@ def test_data_that_cannot_be_used(small_checkpoint, tmp_path, capsys, content, s
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and sentence in error, error
     assert not (tmp_path / "out").exists()
+
+
+def test_everything_is_read_before_the_first_model_is_loaded(small_checkpoint, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    shutil.copytree(small_checkpoint, tmp_path / "later")
+    given = [f"--checkpoint={small_checkpoint},{tmp_path / 'later'}", f"--data={data}", "--names=first,second"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*given, f"--out={tmp_path / 'file' / 'out'}"])
+    assert stopped.value.code == 2
+    assert "out: expected a place where a folder can be made ([Errno" in capsys.readouterr().err
+    (tmp_path / "later/chat_template.jinja").write_text("{{ raise_exception('not this one') }}")
+    assert command.main([*given, f"--out={tmp_path / 'deep' / 'out'}"]) == 1
+    assert "row 0 (line 1): sample row 0: " in capsys.readouterr().err
+    for file in tmp_path.glob("later/tokenizer*"):
+        file.unlink()
+    assert command.main([*given, f"--out={tmp_path / 'deep' / 'out'}"]) == 1
+    assert "later: " in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_none(tmp_path, data, capsys):

@@ -1,6 +1,7 @@
 """The experiment on digits: what is called a read, its cell and its position, and what is told of several seeds."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import re
@@ -137,3 +138,23 @@ def test_what_cannot_be_used(written, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     assert "nowhere" in complaint(f"--data={data}", f"--out={tmp_path / 'o'}", "--model=x=nowhere")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    place = tmp_path / "file/out"
+    assert f"--out={place}: expected a place where a folder can be made" in complaint(
+        f"--data={data}", f"--out={place}"
+    )
+
+
+def test_everything_is_read_before_the_first_model_is_measured(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "measure", lambda *_: pytest.fail("measured"))
+    shutil.copytree(BASE, tmp_path / "later")
+    (tmp_path / "later/tokenizer.json").unlink()
+    given = [f"--model=a={BASE},{tmp_path / 'later'}", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    assert experiment.main(given) == 1
+    assert "later: " in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.EIO, "broken", "disk")
+
+    monkeypatch.setattr(experiment, "run", full)
+    assert experiment.main(given) == 1 and capsys.readouterr().err == "error: [Errno 5] broken: 'disk'\n"

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pvm_jax import cli
-from pvm_jax.analysis import dilution, figures, texts
+from pvm_jax.analysis import dilution, figures, files, texts
 from pvm_jax.analysis.results import AnalysisError, Text, Trace
 from pvm_jax.analysis.texts import Source
 from pvm_jax.analysis.tracing import trace
@@ -77,15 +77,15 @@ class Sample:
 
 
 def samples(processor: Processor, data: str, split: str, limit: int) -> list[Sample]:
-    """The first texts of a split.
+    """The first texts of a split, as many as it has.
 
     Raises:
       DataError: there is no such data.
       AnalysisError: a row without what only digits have.
     """
-    rows = open_source(data, split=f"{split}[:{limit}]")
+    rows = open_source(data, split=split)
     found = []
-    for i in range(len(rows)):
+    for i in range(min(limit, len(rows))):
         row = rows[i]
         about = row.get("metadata", {})
         if not {"cells", "digit_spans"} <= set(about):
@@ -319,11 +319,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         print(run(options.data, options.model, options.limit, options.out))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         message = cli.sentence(error)
-        if message is None:
+        if message is None and not isinstance(error, OSError):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -358,10 +358,11 @@ def run(data: str, given: Sequence[str], limit: int, out: Path) -> str:
     """
     models = _models(given)
     figures.check()
-    if out.exists():
-        raise AnalysisError(f"--out={out}: expected a folder that is not there yet; remove it or name another")
-    for path in itertools.chain(*models.values()):
-        open_checkpoint(path)  # all of them before the first is measured
+    files.check(out)
+    for path in itertools.chain(*models.values()):  # all of them before the first is measured
+        processor = Processor.from_pretrained(open_checkpoint(path).files)
+        for split in dict.fromkeys(condition.split for condition in CONDITIONS.values()):
+            samples(processor, data, split, limit)
     results: dict[str, list[Any]] = {}
     for name, paths in models.items():
         for path in paths:

@@ -16,10 +16,22 @@ import numpy as np
 from pvm_jax.analysis import figures, measures
 from pvm_jax.analysis.measures import Line, Run
 from pvm_jax.analysis.page import finite, write_page
-from pvm_jax.analysis.results import Trace
-from pvm_jax.model_files import new_directory
+from pvm_jax.analysis.results import AnalysisError, Trace
+from pvm_jax.model_files import check_writable, new_directory
 
-LENS = ("predicted", "token", "rank", "probability", "given_rank", "given_probability", "kl", "settled")
+
+def check(folder: Path) -> None:
+    """Makes the parent of a folder to be written; for before anything that takes long.
+
+    Raises:
+      AnalysisError: there is such a folder, or it cannot be made.
+    """
+    try:
+        if folder.exists():
+            raise AnalysisError(f"--out={folder}: expected a folder that is not there yet; remove it or name another")
+        check_writable(folder.parent)
+    except OSError as error:
+        raise AnalysisError(f"--out={folder}: expected a place where a folder can be made ({error})") from None
 
 
 def write(folder: Path, runs: Sequence[Run], about: str) -> list[str]:
@@ -78,7 +90,7 @@ def _sample(trace: Trace) -> dict[str, Any]:
         "pvm_entropy": _lines(measures.entropy(trace)),
         "pvm_ratio": _lines(measures.ratio(trace)),
         "pvm_choices": _list(trace.dilution.pvm_choices),
-        "lens": None if trace.lens is None else {name: _list(getattr(trace.lens, name)) for name in LENS},
+        "lens": None if trace.lens is None else {name: _list(x) for name, x in vars(trace.lens).items()},
     }
 
 
