@@ -385,6 +385,15 @@ def test_without_pvm_its_panels_are_absent(opened):
     assert [o.text for o in browser.find_elements("css selector", "#paint option")][1:] == ["none"]
 
 
+def test_an_axis_has_labels_however_narrow_it_is(opened):
+    browser = opened(runs()[:1])
+    ticks = "return axis(...arguments, 0, 1).ticks"
+    assert browser.execute_script(ticks, 210, 480, True) == [300, 400]
+    assert browser.execute_script(ticks, 30, 480, True) == [50, 100, 200]
+    assert browser.execute_script(ticks, 1, 1000, True) == [1, 10, 100, 1000]
+    assert browser.execute_script(ticks, 210, 480, False) == [300, 400]
+
+
 def test_the_lens_says_what_each_layer_predicts(opened):
     browser = opened(runs())
     press(browser, "\ue014")  # the right arrow

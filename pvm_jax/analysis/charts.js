@@ -19,18 +19,29 @@ function axis(low, high, log, from, to) {
   const map = log ? Math.log10 : (value) => value;
   if (!(map(high) > map(low))) [low, high] = log ? [low / 2, low * 2] : [low - 0.5, low + 0.5];
   const [a, b] = [map(low), map(high)];
-  const ticks = [];
-  if (log) {
-    const parts = b - a < 2.2 ? [1, 2, 5] : [1];
-    for (let power = Math.floor(a); power <= b; power++) ticks.push(...parts.map((part) => part * 10 ** power));
-  } else {
-    const rough = (b - a) / 5;
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((part) => part * power).find((size) => size >= rough);
-    for (let value = Math.ceil(a / step) * step; value <= b + step / 1e6; value += step) ticks.push(value);
-  }
-  return { ticks: ticks.filter((value) => value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9)),
+  const steps = log ? powers(low, high) : [];
+  return { ticks: steps.length > 1 ? steps : evenly(low, high),
     place: (value) => from + (map(value) - a) / (b - a) * (to - from) };
+}
+
+/** 1, 2, 5, 10, ... of [low, high], or 1, 10, 100, ... where these are many; none or one where it is narrow. */
+function powers(low, high) {
+  const parts = high / low < 150 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
+    found.push(...parts.map((part) => part * 10 ** power));
+  }
+  return found.filter((value) => value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9));
+}
+
+/** About five round numbers of [low, high], equally far apart. */
+function evenly(low, high) {
+  const rough = (high - low) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((part) => part * power).find((size) => size >= rough);
+  const found = [];
+  for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
+  return found;
 }
 
 /** Lowest and highest of the values that can be drawn. */
