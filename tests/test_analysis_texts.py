@@ -47,6 +47,13 @@ def test_what_is_measured(processor):
     assert text.name == "1" and len(text.pieces) == len(text.ids)
 
 
+def test_what_is_not_learned_is_not_measured(processor):
+    parts = [{"type": "text", "text": "one two"}, {"type": "text", "text": " three", "loss": False}]
+    text = text_of(processor, tiny.user("count"), {"role": "assistant", "content": parts})
+    measured = "".join(text.pieces[i] for i in text.columns)
+    assert measured.startswith("one") and "three" not in measured and "three" in "".join(text.pieces)
+
+
 def test_pieces_join_to_the_text(processor):
     whole = "naïve → 数字 \U0001f600 ok\ufffd, one"
     ids = processor.tokenizer(whole)["input_ids"]
@@ -243,6 +250,9 @@ def test_a_text_without_an_image(model, processor):
 def test_what_cannot_be_read(processor):
     with pytest.raises(AnalysisError, match="sample 1: expected an answer to measure, found no assistant's turn"):
         texts.read(processor, [{"messages": [tiny.user("hello")]}])
+    unlearned = [tiny.user("hello"), tiny.assistant("one two") | {"loss": False}]
+    with pytest.raises(AnalysisError, match='all of its answers are marked "loss": false; take the mark from one, or'):
+        texts.read(processor, [{"messages": unlearned}])
     with pytest.raises(DataError, match=r"sample 1: messages\[0\].content\[0\]"):
         texts.read(
             processor, [{"messages": [tiny.user("x", "y") | {"content": [{"type": "image", "image": "no.png"}]}]}]
