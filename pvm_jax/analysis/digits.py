@@ -38,6 +38,7 @@ from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.data.packing import shift_answers
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
+from pvm_jax.evals import intervals
 from pvm_jax.evals.compare import COLORS
 from pvm_jax.evals.digits import EDGES
 from pvm_jax.evals.results import versions
@@ -208,11 +209,11 @@ def _tokens(one: Trace) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-def over_seeds(seeds: Sequence[Mapping[str, Any]], name: str, part: int) -> dilution.Mean | None:
+def over_seeds(seeds: Sequence[Mapping[str, Any]], name: str, part: int) -> intervals.Mean | None:
     """A number of one bin, mean over seeds; `reads` is the share of right ones."""
     rows = [seed["by_position"][part] for seed in seeds]
     values = [row["right"] / row["count"] if name == "reads" else row[name] for row in rows]
-    return None if None in values else dilution.mean(values)
+    return None if None in values else intervals.mean(values)
 
 
 COLUMNS = ("reads", "mass", "on_cell", "memory_on_cell", "entropy", "ratio", "settled")
@@ -235,12 +236,12 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for part in dict.fromkeys((0, len(parts) - 1)):
                 where = f"{parts[part]['from']}-{parts[part]['to'] - 1}"
                 cells = [_cell(over_seeds(given, name, part)) for name in COLUMNS]
-                a = _cell(dilution.mean(fits)) if part else "-"
+                a = _cell(intervals.mean(fits)) if part else "-"
                 lines.append(f"| {model} | {condition} | {where} | {' | '.join(cells)} | {a} |")
     return "\n".join(lines)
 
 
-def _cell(mean: dilution.Mean | None) -> str:
+def _cell(mean: intervals.Mean | None) -> str:
     if mean is None:
         return "-"
     return f"{mean.value:.3f}" + ("" if mean.low is None else f" ({mean.low:.3f} to {mean.high:.3f})")
