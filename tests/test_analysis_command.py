@@ -93,7 +93,9 @@ def test_given_written_and_silenced(both):
     assert all(words[str(token)] is not None for layer in given["lens"]["token"] for token in layer)
 
 
-def test_checkpoints_without_pvm_and_maps(stock_checkpoint, data, tmp_path, capsys, monkeypatch):
+def test_written_answers_of_checkpoints_without_pvm_and_maps_on_a_mesh(
+    stock_checkpoint, data, tmp_path, capsys, monkeypatch
+):
     """Twice the same one; the first is gone from memory when the second is loaded."""
     alive, load = [], command.load_model
 
@@ -103,14 +105,22 @@ def test_checkpoints_without_pvm_and_maps(stock_checkpoint, data, tmp_path, caps
 
     monkeypatch.setattr(command, "load_model", watched)
     flags = [f"--checkpoint={stock_checkpoint},{stock_checkpoint}/", f"--data={data}", f"--out={tmp_path / 'out'}"]
-    assert command.main([*flags, "--limit=1", "--names=tiny,again", "--no_maps", "--max_pixels=4096"]) == 0
+    pixels = ("--max_pixels=4096", "--video_min_pixels=2048", "--video_max_pixels=65536")
+    writes = ("--generate", "--forced", "--max_new_tokens=3", "--dtype=bfloat16", "--mesh=fsdp=4,tensor=2")
+    # Images have relative paths, which are not looked for beside the rows.
+    (tmp_path / "0.png").write_bytes((data.parent / "1.png").read_bytes())
+    folder = f"--image_folder={tmp_path}"
+    assert command.main([*flags, *pixels, *writes, folder, "--limit=1", "--names=tiny,again", "--no_maps"]) == 0
     assert alive[0] == alive[1]
     printed = capsys.readouterr().out
     assert "note: The checkpoint has no PVM" in printed and printed.splitlines()[1].startswith("tiny")
     assert not (tmp_path / "out/pvm.png").exists() and (tmp_path / "out/dilution.png").exists()
     first, second = json.loads((tmp_path / "out/analysis.json").read_text())["runs"]
-    assert first["samples"] == second["samples"] and not first["maps"] and first["max_pixels"] == 4096
-    assert first["samples"][0]["pictures"][0] | {"rows": 1, "columns": 2} == first["samples"][0]["pictures"][0]
+    assert first["samples"] == second["samples"] and not first["maps"]
+    assert [first[name] for name in command.PIXELS][1:] == [4096, 2048, 65536]
+    assert first["dtype"] == "bfloat16" and len(first["samples"][0]["tokens"]) == 3, "not those that are given"
+    (picture,) = first["samples"][0]["pictures"]
+    assert (picture["width"], picture["height"]) == (90, 90) and picture["rows"] * picture["columns"] <= 4
     with np.load(tmp_path / "out/maps.npz") as arrays:
         assert "run0/sample0/visual_mass" in arrays and not [name for name in arrays if "attention" in name]
     with pytest.raises(SystemExit) as stopped:
