@@ -241,9 +241,13 @@ def _written(
     together: int,
     options: argparse.Namespace,
 ) -> list[Source]:
-    for row in rows:
-        _say(f"{row['id']}: writing an answer")
-    return texts.write(model, processor, rows, options.max_new_tokens, forced=options.forced, rows=together)
+    found = []
+    for first in range(0, len(rows), together):
+        part = rows[first : first + together]
+        for row in part:
+            _say(f"{row['id']}: writing an answer")
+        found += texts.write(model, processor, part, options.max_new_tokens, forced=options.forced, rows=together)
+    return found
 
 
 def _traces(one: Plan, model: Qwen3VL, sources: Sequence[Source], together: int, maps: bool) -> list[Trace]:
