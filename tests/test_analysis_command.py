@@ -67,7 +67,7 @@ def test_what_it_prints_is_what_it_writes(both):
         for cell in cells:
             assert cell in rest
             rest = rest.partition(cell)[2]
-    assert "note: The text has no image: no attention falls on visual tokens, and there are no maps." in lines
+    assert "note: row 2: The text has no image: no attention falls on visual tokens, and there are no maps." in lines
     assert f"written to {out}: analysis.json, dilution.png, index.html, logit_lens.png, maps.npz, pvm.png" in lines
     assert "\nrow 1: writing an answer\n" in progress and "tiny, PVM silenced: row 2, 3 of 3" in progress
     data = json.loads((out / "index.html").read_text().split('id="data">')[1].split("</script>")[0])

@@ -310,8 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {message or error}", file=sys.stderr)
         return 1
     print(measures.as_text(measures.table(runs)))
-    notes = [note for i in range(len(rows)) for note in measures.caveats(runs, i)]
-    for note in dict.fromkeys([*notes, *(note for run in runs for trace in run.traces for note in trace.notes)]):
+    for note in measures.notes(runs):
         print(f"note: {note}")
     print(f"\nwritten to {options.out}: {', '.join(written)}")
     return 0

@@ -197,7 +197,7 @@ def _tokens(one: Trace) -> dict[str, np.ndarray]:
     """Measures of every token of an answer, [T]."""
     found = {
         "mass": one.dilution.visual_mass.mean((0, 1)),
-        "uniform": one.text.visual_tokens / one.text.context,
+        "uniform": one.text.visual_tokens / one.text.columns,
     }
     if one.dilution.pvm_choices is not None:
         found["entropy"] = one.dilution.pvm_entropy.mean((0, 1))

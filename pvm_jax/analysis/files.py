@@ -63,7 +63,7 @@ def as_json(runs: Sequence[Run], about: str) -> dict[str, Any]:
                 "lens_probability_by_layer": _list(measures.lens_mean(run, "probability")),
                 "lens_kl_by_layer": _list(measures.lens_mean(run, "kl")),
                 "words": {str(token): word for token, word in run.words.items()},
-                "samples": [None if trace is None else _sample(trace) for trace in run.traces],
+                "samples": [_sample(trace) for trace in run.traces],
             }
             for run in runs
         ],
@@ -116,8 +116,6 @@ def _arrays(runs: Sequence[Run]) -> Iterator[tuple[str, np.ndarray]]:
     """Everything that has heads or visual tokens as an axis."""
     for i, run in enumerate(runs):
         for j, trace in enumerate(run.traces):
-            if trace is None:
-                continue
             found = {name: getattr(trace.dilution, name) for name in ("visual_mass", "tvr", "pvm_entropy", "pvm_ratio")}
             if trace.maps is not None:
                 found |= {name: getattr(trace.maps, name) for name in ("attention", "attention_heads", "retrieval")}

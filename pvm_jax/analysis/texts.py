@@ -106,7 +106,6 @@ def _source(processor: Processor, sample: Mapping[str, Any], encoded: Encoded) -
         pieces=pieces(processor, encoded.tokens),
         visual_index=encoded.visual_index,
         columns=columns,
-        context=columns,
         text_before=np.cumsum(is_text, dtype=np.int32)[columns - 1],
         pictures=pictures(processor, sample, encoded),
     )
