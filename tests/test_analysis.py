@@ -121,6 +121,7 @@ def test_a_text_keeps_no_others_padding(traces):
     assert len({got.text.visual_tokens for got in traces.values()}) > 2, "which were measured together"
     for got in traces.values():
         for map_of in vars(got.maps).values():
+            assert map_of.shape[-1] == got.text.visual_tokens
             assert (map_of if map_of.base is None else map_of.base).nbytes == map_of.nbytes
 
 

@@ -1,5 +1,7 @@
 """`python -m pvm_jax.analysis`: what it writes and prints, and what it says to mistakes."""
 
+import argparse
+import inspect
 import json
 import shutil
 
@@ -206,6 +208,19 @@ def test_texts_go_through_together(both):
     *_, calls = both
     assert calls == [3, 3]
     assert [command._together(mesh) for mesh in (None, make_mesh(data=2, fsdp=4), make_mesh(tensor=8))] == [4, 8, 4]
+
+
+def test_an_answer_is_announced_when_its_group_is_begun(monkeypatch, capsys):
+    def write(model, processor, given, new_tokens, **options):
+        command._say("begun")
+        return given
+
+    monkeypatch.setattr(command.texts, "write", write)
+    rows = [{"id": name} for name in "abc"]
+    options = argparse.Namespace(max_new_tokens=1, forced=False)
+    assert inspect.unwrap(command._written)(None, None, rows, 2, options) == rows
+    progress = [line.removesuffix(": writing an answer") for line in capsys.readouterr().err.splitlines()]
+    assert progress == ["a", "b", "begun", "c", "begun"]
 
 
 def test_names_are_as_short_as_they_can_be():
