@@ -9,7 +9,6 @@ with modules as model.language_model.layers.0.self_attn.q_proj.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from pvm_jax import orbax_io
 from pvm_jax.checkpoint import Checkpoint, CheckpointError, Source, base_of
-from pvm_jax.config import ModelConfig, read_json
+from pvm_jax.config import ModelConfig
 from pvm_jax.lora import IS_LORA, LoRAConfig
 from pvm_jax.model_files import write_json
 from pvm_jax.models.stack import group_name
@@ -25,8 +24,6 @@ from pvm_jax.safetensors_io import SINGLE, SafetensorsWriter
 
 ADAPTER = "adapter"
 """The folder of the adapter, within that of the weights."""
-HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-"""OWNER/NAME of the Hugging Face Hub."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +79,9 @@ class Merged:
 def name_of_base(checkpoint: Checkpoint, folder: Path) -> str:
     """The name under which others find the weights that an adapter belongs to; no path of this machine.
 
-    Of a Hugging Face checkpoint that nothing but LoRA was trained on: its name on the Hub, where its config.json or
-    the Hub's cache has it, else that of its directory. Of any other weights: that of the export's own `folder`.
+    Of a Hugging Face checkpoint that nothing but LoRA was trained on: its name on the Hub, where it lies in the Hub's
+    cache, else that of its directory. (Not `_name_or_path` of its config.json: a fine-tune's has what it started from.)
+    Of any other weights: that of the export's own `folder`.
 
     Raises:
       CheckpointError: a run's base is gone, or not what it was.
@@ -93,16 +91,11 @@ def name_of_base(checkpoint: Checkpoint, folder: Path) -> str:
         if not all(IS_LORA.search(name) for name in orbax_io.Stored(base.trainable).shapes):
             return folder.absolute().name
         base = base_of(base)
-    if base is None:
+    if base is None or base.kind != "hf":
         return folder.absolute().name
-    path, noted = base.path.absolute(), read_json(base.files / "config.json").get("_name_or_path")
-    # Native checkpoints keep the name of what they were made of, which may have gained PVM since.
-    if isinstance(noted, str) and HUB_NAME.fullmatch(noted) and (base.kind == "hf" or not base.config.pvm):
-        return noted
-    if base.kind == "hf":
-        cached = path.parts[-3].split("--") if path.parent.name == "snapshots" else []  # models--OWNER--NAME
-        return "/".join(cached[1:]) if cached[:1] == ["models"] else path.name
-    return folder.absolute().name
+    path = base.path.absolute()
+    cached = path.parts[-3].split("--") if path.parent.name == "snapshots" else []  # models--OWNER--NAME
+    return "/".join(cached[1:]) if cached[:1] == ["models"] else path.name
 
 
 def write_peft(source: Source, config: ModelConfig, directory: Path, base: str) -> None:

@@ -34,6 +34,17 @@ def new_directory(final: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Makes `folder` if need be, and a file in it that is gone at once: for before anything that takes long.
+
+    Raises:
+      OSError: either cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)

@@ -15,7 +15,7 @@ PROMPT = 5
 def picture(label: str, start: int, rows: int, columns: int, pixels: int = 32) -> Picture:
     y, x = np.mgrid[: rows * pixels, : columns * pixels] / pixels
     drawn = np.stack([np.sin(x + start), np.cos(y * x / 3), np.sin(y - x)], -1)
-    return Picture(label, (Image.fromarray(np.uint8(127 + 120 * drawn)),), rows, columns, start)
+    return Picture(label, Image.fromarray(np.uint8(127 + 120 * drawn)), rows, columns, start)
 
 
 def text(answer: list[str], pictures: tuple[Picture, ...], name: str = "first") -> Text:
@@ -31,7 +31,6 @@ def text(answer: list[str], pictures: tuple[Picture, ...], name: str = "first") 
         pieces=pieces,
         visual_index=index,
         columns=columns,
-        context=columns.copy(),
         text_before=columns - np.int32(visual),
         pictures=pictures,
     )
@@ -71,7 +70,7 @@ def trace(of: Text, seed: int, pvm_layers: tuple[int, ...] = (1,), notes: tuple[
             visual_mass=mass,
             tvr=dominance,
             fit=law if fits else None,
-            fits=(law,) * LAYERS if fits else (),
+            fits=(law if fits else None,) * LAYERS,
             no_fit=None if fits else f"a fit needs at least 30 tokens with an image, this text has {count}",
             pvm_entropy=-(retrieval * logs).sum(-1).astype(np.float32) if has_pvm else None,
             pvm_ratio=ratios if has_pvm else None,

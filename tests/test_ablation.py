@@ -1,5 +1,6 @@
 """The grid of ablations: its rows, its runner on a grid of stand-ins and on the real commands, its numbers."""
 
+import functools
 import importlib.util
 import json
 import re
@@ -9,13 +10,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+from flax import nnx
 
 from pvm_jax import convert
 from pvm_jax.analysis import ablation
 from pvm_jax.analysis.ablation_tables import markdown, numbers, over_seeds, pooled
+from pvm_jax.cli import leaves
 from pvm_jax.config import ModelConfig
 from pvm_jax.data import digits
 from pvm_jax.data.digits_task import Spec
+from pvm_jax.models.qwen3_vl import Qwen3VL
+from pvm_jax.training.freeze import flatten, trainable_names
 from pvm_jax.training.setup import add_lora
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +91,10 @@ def done(tmp_path: Path) -> list[str]:
 def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     grid("--seeds=0,1")
     assert done(tmp_path) == ["a-0 train", "a-1 train"]
-    grid("--seeds=0,1,2")
+    grid("--seeds=2,1")
     assert done(tmp_path) == ["a-0 train", "a-1 train", "a-2 train"]
     book = json.loads((tmp_path / "out/grid.json").read_text())
-    assert list(book["runs"]) == ["base/0", "a/0", "a/1", "a/2"], "what is not trained has one seed"
+    assert list(book["runs"]) == ["base/0", "a/0", "a/1", "a/2"], "what is not trained has one seed, the first"
     assert book["rows"]["a"] == {"title": "something", "config": {"rate": 0.1}}
     run = book["runs"]["a/2"]
     assert run["trainable"] == 1234 and run["numbers"]["reads_late"] == {"right": 94, "count": 100}
@@ -97,7 +102,7 @@ def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     assert run["conditions"] == {"dtype": "float32", "device": "cpu", "evaluation.late.samples": 16,
                                  "evaluation.short.samples": 16}  # fmt: skip
     shown = capsys.readouterr().out
-    assert "4 runs, 3 of them recorded" in shown and "[1/1] a/2: convert" in shown
+    assert "3 runs, 2 of them recorded" in shown and "[1/1] a/2: convert" in shown
     table = (tmp_path / "out/grid.md").read_text()
     assert "| `a` | something | 1,234 | 3 | 0.920 ± 0.050 | 0.920 ± 0.050 | 0.100 ± 0.000 |" in table
     assert "| `base` | nothing | 0 | 1 | 0.900 | 0.900 | 0.100 |" in table and table.strip() in shown
@@ -151,7 +156,7 @@ def test_runs_that_do_not_compare_are_refused(grid, tmp_path, monkeypatch, chang
     assert done(tmp_path) == ["a-0 train"]
 
 
-def test_another_device_is_refused_and_a_first_record_goes_by_its_commands(grid, tmp_path, monkeypatch):
+def test_another_device_is_refused_and_so_is_a_record_without_one(grid, tmp_path, monkeypatch):
     grid("--rows=a", "--seeds=0")
     monkeypatch.setattr(ablation, "device", lambda: ("cpu", "TPU v5"))
     with pytest.raises(SystemExit, match=r"another setting \(device: there 'cpu', here 'TPU v5'\); name another --out"):
@@ -160,11 +165,15 @@ def test_another_device_is_refused_and_a_first_record_goes_by_its_commands(grid,
     book = json.loads(file.read_text())
     del book["runs"]["a/0"]["conditions"]
     file.write_text(json.dumps(book))
-    grid("--rows=a", "--seeds=1")
-    assert done(tmp_path) == ["a-0 train", "a-1 train"]
-    monkeypatch.setattr(sys.modules["stand_in"], "RATHER", ["wide"])
-    with pytest.raises(SystemExit, match="row 'a' was recorded with another command"):
-        grid("--rows=a", "--seeds=2")
+    with pytest.raises(
+        SystemExit, match=r"run 'a/0' was recorded without `conditions`.*delete it there to have it run"
+    ):
+        grid("--rows=a", "--seeds=1")
+    assert done(tmp_path) == ["a-0 train"]
+    grid("--rows=a", "--tables")
+    del book["runs"]["a/0"]
+    file.write_text(json.dumps(book))
+    grid("--rows=a", "--seeds=0")
 
 
 def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch):
@@ -230,6 +239,13 @@ def test_mistakes_are_one_sentence(grid, argument, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_record_that_cannot_be_written_is_said_before_anything_runs(grid, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"^error: \[Errno \d+\] .*file'$"):
+        grid("--seeds=0", f"--out={tmp_path / 'file' / 'grid.json'}")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_intervals_in_closed_form():
     shares = [{"right": right, "count": 100} for right in (90, 92, 94)]
     mean, half = over_seeds(shares)
@@ -289,6 +305,34 @@ def test_rows_change_what_their_titles_say(rows):
     splits = {n: {s.split for s in rows.get_config(n).data.streams.values()} for n in ("pvm_64", "lora_64", "lora_505")}
     assert splits == {"pvm_64": {"sft_64", "sft_easy"}, "lora_64": {"sft_64"}, "lora_505": {"sft_64", "sft_505"}}
     assert rows.get_config("pvm_505", "x").data.streams.long.path == "x/digits/long/2.2.0"
+
+
+def test_what_each_row_trains_and_changes(rows):
+    """Against tests/golden/ablation.txt: row, parameters that train, how it starts, and what differs from `pvm`."""
+    base = json.loads((ROOT / rows.BASE / "config.json").read_text())
+    pvm = leaves(json.loads(json.dumps(rows.get_config("pvm").to_dict())))
+
+    @functools.cache
+    def shapes(sizes: ModelConfig) -> dict[str, int]:
+        model = nnx.eval_shape(lambda: Qwen3VL(sizes, rngs=nnx.Rngs(0)))
+        return {name: variable.size for name, variable in flatten(nnx.state(model)).items()}
+
+    lines = []
+    for name, (_, options, change) in rows.ROWS.items():
+        if change is None:
+            continue
+        config, raw = rows.get_config(name), base
+        if options:
+            given = vars(convert._parser().parse_args(rows.commands(name, 1, "x")["convert"][3:]))
+            fields = {field: given[f"pvm_{field}"] for field in convert._PVMOptions.__dataclass_fields__}
+            raw = convert._PVMOptions(**fields | {"seed": 0, "init": "normal"}).applied(base, ROOT)
+        sizes = shapes(add_lora(ModelConfig.from_hf(raw), **config.model.lora))
+        count = sum(sizes[parameter] for parameter in trainable_names(tuple(sizes), config.freeze))
+        own = leaves(json.loads(json.dumps(config.to_dict())))
+        changed = {".".join(key.split(".")[:3]) for key in own.keys() | pvm.keys() if own.get(key) != pvm.get(key)}
+        start = " ".join(option.removeprefix("--pvm_") for option in options) if options else "base"
+        lines.append(f"{name} | {count:,} | {start} | {' '.join(sorted(changed)) or '-'}")
+    assert "\n".join(lines) + "\n" == (ROOT / "tests/golden/ablation.txt").read_text()
 
 
 def test_a_row_by_the_real_commands(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """`python -m pvm_jax.analysis`: what it writes and prints, and what it says to mistakes."""
 
+import argparse
+import inspect
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -66,7 +69,7 @@ def test_what_it_prints_is_what_it_writes(both):
         for cell in cells:
             assert cell in rest
             rest = rest.partition(cell)[2]
-    assert "note: The text has no image: no attention falls on visual tokens, and there are no maps." in lines
+    assert "note: row 2: The text has no image: no attention falls on visual tokens, and there are no maps." in lines
     assert f"written to {out}: analysis.json, dilution.png, index.html, logit_lens.png, maps.npz, pvm.png" in lines
     assert "\nrow 1: writing an answer\n" in progress and "tiny, PVM silenced: row 2, 3 of 3" in progress
     data = json.loads((out / "index.html").read_text().split('id="data">')[1].split("</script>")[0])
@@ -92,7 +95,9 @@ def test_given_written_and_silenced(both):
     assert all(words[str(token)] is not None for layer in given["lens"]["token"] for token in layer)
 
 
-def test_checkpoints_without_pvm_and_maps(stock_checkpoint, data, tmp_path, capsys, monkeypatch):
+def test_written_answers_of_checkpoints_without_pvm_and_maps_on_a_mesh(
+    stock_checkpoint, data, tmp_path, capsys, monkeypatch
+):
     """Twice the same one; the first is gone from memory when the second is loaded."""
     alive, load = [], command.load_model
 
@@ -102,14 +107,22 @@ def test_checkpoints_without_pvm_and_maps(stock_checkpoint, data, tmp_path, caps
 
     monkeypatch.setattr(command, "load_model", watched)
     flags = [f"--checkpoint={stock_checkpoint},{stock_checkpoint}/", f"--data={data}", f"--out={tmp_path / 'out'}"]
-    assert command.main([*flags, "--limit=1", "--names=tiny,again", "--no_maps", "--max_pixels=4096"]) == 0
+    pixels = ("--max_pixels=4096", "--video_min_pixels=2048", "--video_max_pixels=65536")
+    writes = ("--generate", "--forced", "--max_new_tokens=3", "--dtype=bfloat16", "--mesh=fsdp=4,tensor=2")
+    # Images have relative paths, which are not looked for beside the rows.
+    (tmp_path / "0.png").write_bytes((data.parent / "1.png").read_bytes())
+    folder = f"--image_folder={tmp_path}"
+    assert command.main([*flags, *pixels, *writes, folder, "--limit=1", "--names=tiny,again", "--no_maps"]) == 0
     assert alive[0] == alive[1]
     printed = capsys.readouterr().out
     assert "note: The checkpoint has no PVM" in printed and printed.splitlines()[1].startswith("tiny")
     assert not (tmp_path / "out/pvm.png").exists() and (tmp_path / "out/dilution.png").exists()
     first, second = json.loads((tmp_path / "out/analysis.json").read_text())["runs"]
-    assert first["samples"] == second["samples"] and not first["maps"] and first["max_pixels"] == 4096
-    assert first["samples"][0]["pictures"][0] | {"rows": 1, "columns": 2} == first["samples"][0]["pictures"][0]
+    assert first["samples"] == second["samples"] and not first["maps"]
+    assert [first[name] for name in command.PIXELS][1:] == [4096, 2048, 65536]
+    assert first["dtype"] == "bfloat16" and len(first["samples"][0]["tokens"]) == 3, "not those that are given"
+    (picture,) = first["samples"][0]["pictures"]
+    assert (picture["width"], picture["height"]) == (90, 90) and picture["rows"] * picture["columns"] <= 4
     with np.load(tmp_path / "out/maps.npz") as arrays:
         assert "run0/sample0/visual_mass" in arrays and not [name for name in arrays if "attention" in name]
     with pytest.raises(SystemExit) as stopped:
@@ -160,6 +173,24 @@ def test_data_that_cannot_be_used(small_checkpoint, tmp_path, capsys, content, s
     assert not (tmp_path / "out").exists()
 
 
+def test_everything_is_read_before_the_first_model_is_loaded(small_checkpoint, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    shutil.copytree(small_checkpoint, tmp_path / "later")
+    given = [f"--checkpoint={small_checkpoint},{tmp_path / 'later'}", f"--data={data}", "--names=first,second"]
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*given, f"--out={tmp_path / 'file' / 'out'}"])
+    assert stopped.value.code == 2
+    assert "out: expected a place where a folder can be made ([Errno" in capsys.readouterr().err
+    (tmp_path / "later/chat_template.jinja").write_text("{{ raise_exception('not this one') }}")
+    assert command.main([*given, f"--out={tmp_path / 'deep' / 'out'}"]) == 1
+    assert "row 0 (line 1): sample row 0: " in capsys.readouterr().err
+    for file in tmp_path.glob("later/tokenizer*"):
+        file.unlink()
+    assert command.main([*given, f"--out={tmp_path / 'deep' / 'out'}"]) == 1
+    assert "later: " in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_is_none(tmp_path, data, capsys):
     assert command.main([f"--checkpoint={tmp_path / 'none'}", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 1
     assert "none: expected a model directory, found nothing" in capsys.readouterr().err
@@ -177,6 +208,19 @@ def test_texts_go_through_together(both):
     *_, calls = both
     assert calls == [3, 3]
     assert [command._together(mesh) for mesh in (None, make_mesh(data=2, fsdp=4), make_mesh(tensor=8))] == [4, 8, 4]
+
+
+def test_an_answer_is_announced_when_its_group_is_begun(monkeypatch, capsys):
+    def write(model, processor, given, new_tokens, **options):
+        command._say("begun")
+        return given
+
+    monkeypatch.setattr(command.texts, "write", write)
+    rows = [{"id": name} for name in "abc"]
+    options = argparse.Namespace(max_new_tokens=1, forced=False)
+    assert inspect.unwrap(command._written)(None, None, rows, 2, options) == rows
+    progress = [line.removesuffix(": writing an answer") for line in capsys.readouterr().err.splitlines()]
+    assert progress == ["a", "b", "begun", "c", "begun"]
 
 
 def test_names_are_as_short_as_they_can_be():

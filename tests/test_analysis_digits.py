@@ -1,6 +1,7 @@
 """The experiment on digits: what is called a read, its cell and its position, and what is told of several seeds."""
 
 import dataclasses
+import errno
 import importlib.util
 import json
 import re
@@ -18,6 +19,7 @@ from pvm_jax.data import digits
 from pvm_jax.data.digits_task import Spec
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
+from pvm_jax.evals import intervals
 from pvm_jax.evals.digits import Protocol, evaluate
 
 BASE = Path(__file__).parents[1] / "assets" / "digits_base"
@@ -98,6 +100,43 @@ def test_numbers_over_seeds(written):
     assert (out / "digits.png").stat().st_size > 20_000
 
 
+def late(seeds: list[dict], measure: str, digits: int = 3, first: bool = False) -> str:
+    """A cell of the table in the docs: the mean over seeds in the last bin, with `first` that in the first one, too."""
+    means = [experiment.over_seeds(seeds, measure, part) for part in ((-1, 0) if first else (-1,))]
+    if None in means:
+        return "-"
+    return " ".join(("({})" if i else "{}").format(f"{mean.value:.{digits}f}") for i, mean in enumerate(means))
+
+
+def test_the_table_in_the_docs_is_the_record():
+    docs = BASE.parents[1] / "docs"
+    models = json.loads((docs / "dilution.json").read_text())["models"]
+    table = "tokens 392" + (docs / "analysis.md").read_text().split("| tokens 392")[1].split("\n\n")[0]
+    header, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert header[1:] == list(models) and len(lines) == 10
+    for name, column in zip(models, list(zip(*lines))[1:]):
+        long, near, moved = ([seed[c] for seed in models[name]] for c in ("long", "long, near text", "short, moved"))
+
+        a = intervals.mean([seed["exponent"]["value"] for seed in long])
+        memory = late(long, "memory_on_cell", first=True)
+        shares = [
+            sum(part["right"] for part in seed["by_position"]) / sum(part["count"] for part in seed["by_position"])
+            for seed in moved
+        ]
+        assert column == (
+            late(long, "mass", first=True),
+            f"{a.value:.2f}" + ("" if a.low is None else f" ({a.low:.2f} to {a.high:.2f})"),
+            late(long, "reads", first=True),
+            late(long, "on_cell", first=True),
+            memory,
+            "-" if memory == "-" else late(long, "entropy", 2, first=True),  # of slots it is no retrieval
+            late(near, "reads"),
+            late(near, "mass"),
+            f"{np.mean(shares):.3f}",
+            late(long, "settled", 1),
+        )
+
+
 def test_models_have_names():
     assert experiment._models(["a=x,y", "b=c=z"]) == {"a": ["x", "y"], "b": ["c=z"]}
     for given, sentence in (
@@ -137,3 +176,23 @@ def test_what_cannot_be_used(written, data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data")
     assert "nowhere" in complaint(f"--data={data}", f"--out={tmp_path / 'o'}", "--model=x=nowhere")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    place = tmp_path / "file/out"
+    assert f"--out={place}: expected a place where a folder can be made" in complaint(
+        f"--data={data}", f"--out={place}"
+    )
+
+
+def test_everything_is_read_before_the_first_model_is_measured(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "measure", lambda *_: pytest.fail("measured"))
+    shutil.copytree(BASE, tmp_path / "later")
+    (tmp_path / "later/tokenizer.json").unlink()
+    given = [f"--model=a={BASE},{tmp_path / 'later'}", f"--data={data}", f"--out={tmp_path / 'out'}"]
+    assert experiment.main(given) == 1
+    assert "later: " in capsys.readouterr().err
+
+    def full(*_):
+        raise OSError(errno.EIO, "broken", "disk")
+
+    monkeypatch.setattr(experiment, "run", full)
+    assert experiment.main(given) == 1 and capsys.readouterr().err == "error: [Errno 5] broken: 'disk'\n"

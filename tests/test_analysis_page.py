@@ -82,11 +82,15 @@ def test_the_table():
     base, pvm = measures.table(runs())
     values = [measures.numbers(trace) for trace in runs()[0].traces]
     assert base[0] == "base" and base[1] == f"{COUNT + 22} in 3 texts"
-    assert base[2] == f"{np.mean([values[0]['mass_first'], values[1]['mass_first']]):.3g}"  # text alone has none
-    assert base[4] == "-0.98 (-1.10 to -0.86)"  # of the one text that is long enough
-    two = measures._exponent([{"exponent": -0.9}, {"exponent": -1.1}])
+    mean = np.mean([values[0]["mass_first"], values[1]["mass_first"]])
+    assert base[2] == f"{mean:.3g} (of 2 texts)", "text alone has none"
+    assert base[4] == "-0.98 (-1.10 to -0.86, of 1 text)", "that is long enough"
+    assert (
+        measures.table([dataclasses.replace(runs()[0], traces=runs()[0].traces[:1])])[0][4] == "-0.98 (-1.10 to -0.86)"
+    )
+    two = measures._exponent([{"exponent": -0.9}, {"exponent": -1.1}], 2)
     assert two == "-1.00 (-2.27 to 0.27 over 2 texts)"  # Student's interval: 12.7 times the standard error
-    assert base[6:8] == ["-", "-"] and float(pvm[6]) < 0.9 and pvm[8] == "2.0 of 3"
+    assert base[6:8] == ["-", "-"] and float(pvm[6].removesuffix(" (of 2 texts)")) < 0.9 and pvm[8] == "2.0 of 3"
 
 
 def test_a_map_is_within_a_255th_of_its_maximum():
@@ -111,6 +115,10 @@ def test_without_pvm_there_is_nothing_of_it():
     assert base["notes"] == ["The checkpoint has no PVM."]
     beside = data_of(page.write_page(runs(), ""))["samples"][0]
     assert beside["notes"] == ["base: The checkpoint has no PVM."]
+    both = runs()
+    both[1].traces[2] = dataclasses.replace(both[1].traces[2], notes=("No image.",))
+    assert measures.notes(both) == ["base: The checkpoint has no PVM.", "text alone: base + PVM: No image."]
+    assert measures.notes(both[:1]) == ["The checkpoint has no PVM."]
 
 
 # ---- Size and refusals ------------------------------------------------------------------------------------------
@@ -139,6 +147,8 @@ def test_what_does_not_fit_is_left_out_and_said_so():
         assert ("of 400 tokens; analysis.json" in said) == (tokens < 400)
         assert (f"One token in {every} has maps, and so do the first and the last" in said) == (every > 1)
         assert "layers of self-attention; maps.npz has all" in said
+        assert ("The page has 1 of 3 maps of PVM, of its layers and heads; maps.npz has all." in said) == (maps == 2)
+        assert ("The page has 2 of 3 maps of PVM" in said) == (maps == 3)
         assert "image 1: scaled to" in said and len(sample["images"][0]["url"]) < 20_000
 
 
@@ -161,7 +171,7 @@ def test_room_is_shared_by_need():
 def test_each_run_has_its_own_grid():
     """Two checkpoints that scale one image differently, and a third that does as the first."""
     coarse, fine = made.picture("image 1", 0, 2, 3, pixels=64), made.picture("image 1", 0, 4, 6)
-    fine = dataclasses.replace(fine, frames=coarse.frames)
+    fine = dataclasses.replace(fine, pixels=coarse.pixels)
     texts = [made.text(made.words(9), (picture,)) for picture in (coarse, fine, coarse)]
     three = [made.run(name, [made.trace(text, 0)]) for name, text in zip("abc", texts)]
     (sample,) = data_of(page.write_page(three, ""))["samples"]
@@ -170,7 +180,8 @@ def test_each_run_has_its_own_grid():
     assert len(sample["questions"]) == 1 and sample["questions"][0]["runs"] == ""
     caveat = (
         "first: the runs have different numbers of visual tokens (a 6, b 24, c 6), so that their Ω_V and TVR do not "
-        "compare; give all of them the same --min_pixels and --max_pixels."
+        "compare; give all of them the same --min_pixels and --max_pixels, for videos --video_min_pixels and "
+        "--video_max_pixels."
     )
     assert sample["notes"][0] == caveat and files.as_json(three, "")["caveats"] == [caveat]
     assert measures.caveats([three[0], three[2]], 0) == []
@@ -383,6 +394,15 @@ def test_without_pvm_its_panels_are_absent(opened):
     assert len(titles) == 3 and not [t for t in titles if "PVM" in t]
     assert "self-attention" in find(browser, ".source").text and current(browser) == ["0"]
     assert [o.text for o in browser.find_elements("css selector", "#paint option")][1:] == ["none"]
+
+
+def test_an_axis_has_labels_however_narrow_it_is(opened):
+    browser = opened(runs()[:1])
+    ticks = "return axis(...arguments, 0, 1).ticks"
+    assert browser.execute_script(ticks, 210, 480, True) == [300, 400]
+    assert browser.execute_script(ticks, 30, 480, True) == [50, 100, 200]
+    assert browser.execute_script(ticks, 1, 1000, True) == [1, 10, 100, 1000]
+    assert browser.execute_script(ticks, 210, 480, False) == [300, 400]
 
 
 def test_the_lens_says_what_each_layer_predicts(opened):

@@ -27,7 +27,7 @@ from pvm_jax.analysis import figures, files, measures, texts, tracing
 from pvm_jax.analysis.measures import Run
 from pvm_jax.analysis.results import AnalysisError, Trace
 from pvm_jax.analysis.texts import Source
-from pvm_jax.checkpoint import checksum, load_model, open_checkpoint
+from pvm_jax.checkpoint import Checkpoint, checksum, load_model, open_checkpoint
 from pvm_jax.data.images import DataError
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
@@ -37,6 +37,9 @@ from pvm_jax.sharding import MESH_AXES, make_mesh, ways_of
 
 TOGETHER = 4
 """Texts at once where rows are not spread over devices; else as many as there are devices for rows."""
+
+PIXELS = ("min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels")
+"""Flags, and parameters of `Processor.from_pretrained`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, bfloat16 on accelerators")
     add("--min_pixels", type=int, help="of an image after the resize; default: what each checkpoint says")
     add("--max_pixels", type=int, help="the same; models of different sizes of images do not compare")
+    add("--video_min_pixels", type=int, help="of all frames of a video together, after the resize")
+    add("--video_max_pixels", type=int, help="the same")
     add("--no_maps", action="store_true", help="curves alone: maps of long texts and many images take much memory")
     add("--mesh", type=_mesh, metavar="AXIS=N,...", help="devices along data, fsdp, tensor; default: one device")
     return parser
@@ -100,8 +105,6 @@ def plan(options: argparse.Namespace) -> list[Plan]:
     for name in ("limit", "max_new_tokens"):
         if getattr(options, name) < 1:
             raise AnalysisError(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if Path(options.out).exists():
-        raise AnalysisError(f"--out={options.out}: expected a folder that is not there yet; remove it or name another")
     figures.check()
     if jax.process_count() > 1:
         raise AnalysisError(
@@ -115,6 +118,7 @@ def plan(options: argparse.Namespace) -> list[Plan]:
             plans.append(Plan(f"{name}, PVM silenced", path, silenced=True))
     if options.without_pvm and len(plans) == len(paths):
         raise AnalysisError(f"--without_pvm: expected a checkpoint with PVM, found none in {', '.join(paths)}")
+    files.check(Path(options.out))
     return plans
 
 
@@ -140,6 +144,18 @@ def samples(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {source.describe(i): source[i] for i in range(min(options.limit, len(source)))}
 
 
+def check(plans: Sequence[Plan], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> None:
+    """What any of the models could refuse, for before the first is loaded; nothing of it is kept.
+
+    Raises:
+      AnalysisError, DataError: a checkpoint's processor, or a row that it cannot encode.
+    """
+    for path in dict.fromkeys(one.checkpoint for one in plans):
+        processor = _processor(open_checkpoint(path), options)
+        for where, row in rows.items():
+            _read(processor, where, row, options.generate)
+
+
 def analyse(plans: Sequence[Plan], rows: Mapping[str, dict[str, Any]], options: argparse.Namespace) -> list[Run]:
     """Every plan on every row; a checkpoint is loaded once, and its texts are read or written once."""
     runs = []
@@ -156,9 +172,7 @@ def _analyse(
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = make_mesh(**options.mesh) if options.mesh else None
     checkpoint = open_checkpoint(path)
-    processor = Processor.from_pretrained(
-        checkpoint.files, min_pixels=options.min_pixels, max_pixels=options.max_pixels
-    )
+    processor = _processor(checkpoint, options)
     given = {where: _read(processor, where, row, options.generate) for where, row in rows.items()}
     _say(f"loading {path}")
     model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True if mesh else None, mesh=mesh)
@@ -174,6 +188,8 @@ def _analyse(
         "data": options.data,
         "min_pixels": processor.images.min_pixels,
         "max_pixels": processor.images.max_pixels,
+        "video_min_pixels": processor.video.pixels.min_pixels,
+        "video_max_pixels": processor.video.pixels.max_pixels,
         "maps": not options.no_maps,
         "answers": "written, greedy" if options.generate else "given, or written greedily where there is none",
         "max_new_tokens": options.max_new_tokens,
@@ -186,6 +202,10 @@ def _analyse(
         traces = _traces(one, model, sources, together, maps=not options.no_maps)
         runs.append(Run(one.name, about | {"pvm_silenced": one.silenced}, traces, _words(processor, traces)))
     return runs
+
+
+def _processor(checkpoint: Checkpoint, options: argparse.Namespace) -> Processor:
+    return Processor.from_pretrained(checkpoint.files, **{name: getattr(options, name) for name in PIXELS})
 
 
 def _together(mesh: Mesh | None) -> int:
@@ -216,9 +236,13 @@ def _written(
     together: int,
     options: argparse.Namespace,
 ) -> list[Source]:
-    for row in rows:
-        _say(f"{row['id']}: writing an answer")
-    return texts.write(model, processor, rows, options.max_new_tokens, forced=options.forced, rows=together)
+    found = []
+    for first in range(0, len(rows), together):
+        part = rows[first : first + together]
+        for row in part:
+            _say(f"{row['id']}: writing an answer")
+        found += texts.write(model, processor, part, options.max_new_tokens, forced=options.forced, rows=together)
+    return found
 
 
 def _traces(one: Plan, model: Qwen3VL, sources: Sequence[Source], together: int, maps: bool) -> list[Trace]:
@@ -270,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except AnalysisError as error:
             parser.error(str(error))
         rows = samples(options)
+        check(plans, rows, options)
         runs = analyse(plans, rows, options)
         _say("drawing")
         written = files.write(Path(options.out), runs, _about(runs, rows))
@@ -280,8 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {message or error}", file=sys.stderr)
         return 1
     print(measures.as_text(measures.table(runs)))
-    notes = [note for i in range(len(rows)) for note in measures.caveats(runs, i)]
-    for note in dict.fromkeys([*notes, *(note for run in runs for trace in run.traces for note in trace.notes)]):
+    for note in measures.notes(runs):
         print(f"note: {note}")
     print(f"\nwritten to {options.out}: {', '.join(written)}")
     return 0

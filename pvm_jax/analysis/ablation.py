@@ -35,9 +35,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pvm_jax import cli
 from pvm_jax.analysis.ablation_tables import draw, markdown, numbers
-from pvm_jax.cli import leaves
 from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
+from pvm_jax.model_files import check_writable
 
 FREE = re.compile(r"(^|\.)(seed|path)$")
 """Keys that differ from run to run of a row."""
@@ -136,7 +137,7 @@ def _last(log: Path) -> str:
 
 def _of_evaluation(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Flat, without the paths of its data."""
-    flat = leaves({"evaluation": json.loads(json.dumps(options))})
+    flat = cli.leaves({"evaluation": json.loads(json.dumps(options))})
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
@@ -167,7 +168,7 @@ class Book:
 
         Args:
           commands: of the row with a seed, with RUN and DATA for the folders.
-          conditions: as in a run's entry; asked for if there is one that has them.
+          conditions: as in a run's entry; asked for if there is one.
         """
         if row not in self.rows:
             return
@@ -178,8 +179,12 @@ class Book:
                 continue
             if differ := difference([shlex.split(line) for line in run["commands"]], commands(int(seed))):
                 self._refuse(row, "command", *differ)
-            if "conditions" in run:  # the first grids recorded none: there the commands have to do
-                self._compare(row, "setting", run["conditions"], conditions())
+            if "conditions" not in run:
+                raise ResultError(
+                    f"{self.path}: run {key!r} was recorded without `conditions` (dtype, device, evaluation), so that "
+                    "nothing can be compared with it; delete it there to have it run again, or name another --out"
+                )
+            self._compare(row, "setting", run["conditions"], conditions())
 
     def _compare(self, row: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for key in sorted(there.keys() | here.keys()):
@@ -191,6 +196,12 @@ class Book:
             f"{self.path}: row {row!r} was recorded with another {what} ({key}there {there!r}, here {here!r}); "
             "name another --out"
         )
+
+    def has(self, run: Run) -> bool:
+        """Whether it is recorded; what is not trained is with any seed, which its evaluation does not depend on."""
+        if "train" in run.commands:
+            return run.key in self.runs
+        return any(key.rpartition("/")[0] == run.row for key in self.runs)
 
     def add(self, run: Run, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
         self.rows[run.row] = {"title": title, "config": config}
@@ -263,7 +274,7 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
     if "train" not in run.commands:
         return None
     config = grid.get_config(f"{run.row},smoke" if smoke else run.row, data).to_dict()
-    flat = leaves(json.loads(json.dumps(config)))
+    flat = cli.leaves(json.loads(json.dumps(config)))
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
@@ -274,7 +285,7 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
     for row, config in configs.items():
         commands = functools.partial(grid.commands, row, run=RUN, data=DATA, smoke=smoke)
         book.check(row, config, commands, lambda: conditions(grid, smoke))
-    left = [run for run in planned if run.key not in book.runs]
+    left = [run for run in planned if not book.has(run)]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
     cache = str((options.runs / "xla").absolute())
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
@@ -313,8 +324,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         failed = _run(options)
-    except ResultError as error:
-        sys.exit(f"error: {error}")
+    except (ResultError, OSError) as error:
+        sys.exit(f"error: {cli.sentence(error) or error}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the first: {failed[0]}")
 
@@ -340,6 +351,7 @@ def _run(options: argparse.Namespace) -> list[str]:
         raise ResultError(f"--smoke: expected another --out than {OUT}, which is the record of whole runs")
     if importlib.util.find_spec("matplotlib") is None:
         raise ResultError("the picture needs matplotlib, which is not installed; pip install -e '.[demo]'")
+    check_writable(options.out.parent)
     book = Book(options.out)
     failed = [] if options.tables else work(grid, planned, book, options)
     if not book.runs and not failed:

@@ -4,14 +4,11 @@ Two intervals, both of 95 %: over seeds (Student's t, of the mean of a row's run
 the order of the data, the base is one), and pooled (Wilson's, all answers of all seeds as if independent).
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
-
-from pvm_jax.evals.intervals import wilson
+from pvm_jax.evals.intervals import mean, wilson
 
 Share = Mapping[str, int | float]
 """{"right", "count"}."""
@@ -46,15 +43,9 @@ def numbers(summary: Mapping[str, Any]) -> dict[str, Share]:
 
 
 def over_seeds(shares: Sequence[Share]) -> tuple[float, float | None]:
-    """The mean of the shares of several runs and half its interval; None for one run.
-
-    Of 0.90, 0.92 and 0.94: 0.92 and 4.303 * 0.02 / sqrt(3) = 0.0497.
-    """
-    values = [share["right"] / share["count"] for share in shares]
-    if len(values) == 1:
-        return values[0], None
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values), float(stdtrit(len(values) - 1, 0.975)) * error
+    """The mean of the shares of several runs and half its interval; None for one run."""
+    found = mean([share["right"] / share["count"] for share in shares])
+    return found.value, None if found.high is None else found.high - found.value
 
 
 def pooled(shares: Sequence[Share]) -> tuple[float, float]:
@@ -82,8 +73,8 @@ def _runs(row: str, runs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, 
 def _cell(shares: Sequence[Share]) -> str:
     if not shares:
         return "-"
-    mean, half = over_seeds(shares)
-    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+    value, half = over_seeds(shares)
+    return f"{value:.3f}" if half is None else f"{value:.3f} ± {half:.3f}"
 
 
 def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: Path) -> None:
@@ -100,9 +91,9 @@ def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: 
             shares = [run["numbers"][name] for run in own if name in run["numbers"]]
             if not shares:
                 continue
-            mean, half = over_seeds(shares)
+            value, half = over_seeds(shares)
             label = {"reads_late": "backbone sees", "blind_late": "backbone blind"}[name] if y == 0 else None
-            axes.errorbar(mean, y + shift, xerr=half, color=color, marker="o", markersize=5, capsize=2, label=label)
+            axes.errorbar(value, y + shift, xerr=half, color=color, marker="o", markersize=5, capsize=2, label=label)
             values = [share["right"] / share["count"] for share in shares]
             axes.plot(values, [y + shift] * len(values), ".", color=color, markersize=3, alpha=0.5)
     axes.axvline(0.1, color="#bbbbbb", linestyle=":", linewidth=1)

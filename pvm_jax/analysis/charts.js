@@ -19,18 +19,29 @@ function axis(low, high, log, from, to) {
   const map = log ? Math.log10 : (value) => value;
   if (!(map(high) > map(low))) [low, high] = log ? [low / 2, low * 2] : [low - 0.5, low + 0.5];
   const [a, b] = [map(low), map(high)];
-  const ticks = [];
-  if (log) {
-    const parts = b - a < 2.2 ? [1, 2, 5] : [1];
-    for (let power = Math.floor(a); power <= b; power++) ticks.push(...parts.map((part) => part * 10 ** power));
-  } else {
-    const rough = (b - a) / 5;
-    const power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((part) => part * power).find((size) => size >= rough);
-    for (let value = Math.ceil(a / step) * step; value <= b + step / 1e6; value += step) ticks.push(value);
-  }
-  return { ticks: ticks.filter((value) => value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9)),
+  const steps = log ? powers(low, high) : [];
+  return { ticks: steps.length > 1 ? steps : evenly(low, high),
     place: (value) => from + (map(value) - a) / (b - a) * (to - from) };
+}
+
+/** 1, 2, 5, 10, ... of [low, high], or 1, 10, 100, ... where these are many; none or one where it is narrow. */
+function powers(low, high) {
+  const parts = high / low < 150 ? [1, 2, 5] : [1];
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) {
+    found.push(...parts.map((part) => part * 10 ** power));
+  }
+  return found.filter((value) => value >= low * (1 - 1e-9) && value <= high * (1 + 1e-9));
+}
+
+/** About five round numbers of [low, high], equally far apart. */
+function evenly(low, high) {
+  const rough = (high - low) / 5;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((part) => part * power).find((size) => size >= rough);
+  const found = [];
+  for (let value = Math.ceil(low / step) * step; value <= high + step / 1e6; value += step) found.push(value);
+  return found;
 }
 
 /** Lowest and highest of the values that can be drawn. */
@@ -259,25 +270,25 @@ const who = (index, label) => [several() ? DATA.names[index] : "", label].filter
 
 /** Lines of one measure of all runs; `pick` gives [{label, values}] of a run. */
 function lines(runs, pick, x = positions) {
-  return runs.flatMap((run, index) => run ? pick(run).map((line, i) => ({ run: index, label: who(index, line.label),
-    x: x(run), values: line.values, dash: DASHES[i % DASHES.length] })) : []);
+  return runs.flatMap((run, index) => pick(run).map((line, i) => ({ run: index, label: who(index, line.label),
+    x: x(run), values: line.values, dash: DASHES[i % DASHES.length] })));
 }
 
 function massChart(runs, chosen) {
-  const shown = runs.map((run) => run?.mass[Math.min(chosen, run.mass.length - 1)] ?? null);
-  const fits = shown.flatMap((line, run) => line?.fit ? [{ run, ...line.fit }] : []);
-  const why = shown.flatMap((line, run) => !line ? [] : [who(run, line.fit
+  const shown = runs.map((run) => run.mass[Math.min(chosen, run.mass.length - 1)]);
+  const fits = shown.flatMap((line, run) => line.fit ? [{ run, ...line.fit }] : []);
+  const why = shown.map((line, run) => who(run, line.fit
     ? `Ω_V ∝ t^${line.fit.exponent.toFixed(2)} (95 %: ${line.fit.low.toFixed(2)} to ${line.fit.high.toFixed(2)})`
-    : `no fit: ${runs[run].noFit ?? "this layer's attention on the image cannot be fitted"}`)]);
+    : `no fit: ${runs[run].noFit ?? "this layer's attention on the image cannot be fitted"}`));
   const log = [true, true];
-  return chart({ title: `Ω_V(t): attention on the image, ${shown.find(Boolean).label}`, log, fits, why,
+  return chart({ title: `Ω_V(t): attention on the image, ${shown[0].label}`, log, fits, why,
     words: "text tokens before it, t", lines: lines(runs, (run) =>
       [{ label: "", values: run.mass[Math.min(chosen, run.mass.length - 1)].values }], (run) => run.before) });
 }
 
 function tvrChart(runs, chosen) {
   const shown = (run) => run.tvr[Math.min(chosen, run.tvr.length - 1)];
-  return chart({ title: `TVR(t): attention on text over attention on the image, ${shown(runs.find(Boolean)).label}`,
+  return chart({ title: `TVR(t): attention on text over attention on the image, ${shown(runs[0]).label}`,
     words: "text tokens before it, t", log: [true, true], why: [],
     lines: lines(runs, (run) => [{ label: "", values: shown(run).values }], (run) => run.before) });
 }
@@ -291,15 +302,14 @@ function uniforms(runs) {
 
 function drawCharts(runs) {
   const made = [];
-  const there = runs.filter(Boolean);
-  const looks = there.some((run) => run.mass.length);
+  const looks = runs.some((run) => run.mass.length);
   const chosen = Number(byId("layer").value) || 0;
-  const layers = there.reduce((most, run) => run.mass.length > most.length ? run.mass : most, []);
+  const layers = runs.reduce((most, run) => run.mass.length > most.length ? run.mass : most, []);
   fill(byId("layer"), layers.map((line, i) => [i, line.label]), Math.min(chosen, layers.length - 1));
   byId("layer-label").hidden = !looks;
   if (looks) made.push(massChart(runs, chosen), tvrChart(runs, chosen));
-  if (there.some((run) => run.ratio.length)) {
-    const levels = uniforms(there);
+  if (runs.some((run) => run.ratio.length)) {
+    const levels = uniforms(runs);
     if (levels.length) {
       made.push(chart({ title: "Entropy of PVM's retrieval, in nats, mean over heads", words: "token of the answer",
         log: [false, false], zero: true, why: [], levels, lines: lines(runs, (run) => run.entropy) }));
@@ -307,7 +317,7 @@ function drawCharts(runs) {
     made.push(chart({ title: "PVM's contribution: |gate · branch| / |FFN's output|", words: "token of the answer",
       log: [false, false], zero: true, why: [], lines: lines(runs, (run) => run.ratio) }));
   }
-  const lenses = runs.flatMap((run, index) => run?.lens ? [lensCard(run, index)] : []);
+  const lenses = runs.flatMap((run, index) => run.lens ? [lensCard(run, index)] : []);
   byId("lens-label").hidden = !lenses.length;
   byId("lens").onchange = () => lenses.forEach((lens) => lens.draw());
   byId("layer").onchange = () => { drawCharts(runs); move(state.at); };

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pvm_jax import cli
-from pvm_jax.analysis import dilution, figures, texts
+from pvm_jax.analysis import dilution, figures, files, texts
 from pvm_jax.analysis.results import AnalysisError, Text, Trace
 from pvm_jax.analysis.texts import Source
 from pvm_jax.analysis.tracing import trace
@@ -38,6 +38,7 @@ from pvm_jax.checkpoint import load_model, open_checkpoint
 from pvm_jax.data.packing import shift_answers
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
+from pvm_jax.evals import intervals
 from pvm_jax.evals.compare import COLORS
 from pvm_jax.evals.digits import EDGES
 from pvm_jax.evals.results import versions
@@ -77,15 +78,15 @@ class Sample:
 
 
 def samples(processor: Processor, data: str, split: str, limit: int) -> list[Sample]:
-    """The first texts of a split.
+    """The first texts of a split, as many as it has.
 
     Raises:
       DataError: there is no such data.
       AnalysisError: a row without what only digits have.
     """
-    rows = open_source(data, split=f"{split}[:{limit}]")
+    rows = open_source(data, split=split)
     found = []
-    for i in range(len(rows)):
+    for i in range(min(limit, len(rows))):
         row = rows[i]
         about = row.get("metadata", {})
         if not {"cells", "digit_spans"} <= set(about):
@@ -196,7 +197,7 @@ def _tokens(one: Trace) -> dict[str, np.ndarray]:
     """Measures of every token of an answer, [T]."""
     found = {
         "mass": one.dilution.visual_mass.mean((0, 1)),
-        "uniform": one.text.visual_tokens / one.text.context,
+        "uniform": one.text.visual_tokens / one.text.columns,
     }
     if one.dilution.pvm_choices is not None:
         found["entropy"] = one.dilution.pvm_entropy.mean((0, 1))
@@ -208,11 +209,11 @@ def _tokens(one: Trace) -> dict[str, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-def over_seeds(seeds: Sequence[Mapping[str, Any]], name: str, part: int) -> dilution.Mean | None:
+def over_seeds(seeds: Sequence[Mapping[str, Any]], name: str, part: int) -> intervals.Mean | None:
     """A number of one bin, mean over seeds; `reads` is the share of right ones."""
     rows = [seed["by_position"][part] for seed in seeds]
     values = [row["right"] / row["count"] if name == "reads" else row[name] for row in rows]
-    return None if None in values else dilution.mean(values)
+    return None if None in values else intervals.mean(values)
 
 
 COLUMNS = ("reads", "mass", "on_cell", "memory_on_cell", "entropy", "ratio", "settled")
@@ -235,12 +236,12 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             for part in dict.fromkeys((0, len(parts) - 1)):
                 where = f"{parts[part]['from']}-{parts[part]['to'] - 1}"
                 cells = [_cell(over_seeds(given, name, part)) for name in COLUMNS]
-                a = _cell(dilution.mean(fits)) if part else "-"
+                a = _cell(intervals.mean(fits)) if part else "-"
                 lines.append(f"| {model} | {condition} | {where} | {' | '.join(cells)} | {a} |")
     return "\n".join(lines)
 
 
-def _cell(mean: dilution.Mean | None) -> str:
+def _cell(mean: intervals.Mean | None) -> str:
     if mean is None:
         return "-"
     return f"{mean.value:.3f}" + ("" if mean.low is None else f" ({mean.low:.3f} to {mean.high:.3f})")
@@ -319,11 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         print(run(options.data, options.model, options.limit, options.out))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         message = cli.sentence(error)
-        if message is None:
+        if message is None and not isinstance(error, OSError):
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message or error}", file=sys.stderr)
         return 1
     return 0
 
@@ -358,10 +359,11 @@ def run(data: str, given: Sequence[str], limit: int, out: Path) -> str:
     """
     models = _models(given)
     figures.check()
-    if out.exists():
-        raise AnalysisError(f"--out={out}: expected a folder that is not there yet; remove it or name another")
-    for path in itertools.chain(*models.values()):
-        open_checkpoint(path)  # all of them before the first is measured
+    files.check(out)
+    for path in itertools.chain(*models.values()):  # all of them before the first is measured
+        processor = Processor.from_pretrained(open_checkpoint(path).files)
+        for split in dict.fromkeys(condition.split for condition in CONDITIONS.values()):
+            samples(processor, data, split, limit)
     results: dict[str, list[Any]] = {}
     for name, paths in models.items():
         for path in paths:

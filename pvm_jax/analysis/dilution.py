@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from scipy.special import stdtrit
 
 from pvm_jax.analysis.results import AnalysisError, PowerLaw
+from pvm_jax.evals.intervals import Mean, mean
 
 BINS = 8
 """Of equal width in log t, that a fit averages in."""
@@ -137,28 +138,6 @@ def fit_masses(text_before: np.ndarray, visual_mass: Float[np.ndarray, "L N T"])
         return Fits(None, (None,) * len(visual_mass), overall)
     layers = [fit(layer.mean(axis=0, dtype=np.float64)) for layer in visual_mass]
     return Fits(overall, tuple(None if isinstance(one, str) else one for one in layers), None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Mean:
-    """A mean with its interval of 95 % (Student's, for independent values); None with fewer than two."""
-
-    value: float
-    low: float | None
-    high: float | None
-    count: int
-
-
-def mean(values: Sequence[float]) -> Mean | None:
-    """None without values."""
-    found = np.array(values, np.float64)
-    if not len(found):
-        return None
-    value = float(found.mean())
-    if len(found) == 1:
-        return Mean(value, None, None, 1)
-    half = float(stdtrit(len(found) - 1, 0.975)) * float(found.std(ddof=1)) / math.sqrt(len(found))
-    return Mean(value, value - half, value + half, len(found))
 
 
 def mean_exponent(fits: Sequence[PowerLaw | None]) -> Mean | None:

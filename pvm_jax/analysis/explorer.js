@@ -20,7 +20,7 @@ function digits(value) {
 
 /** Base64 becomes arrays when a sample is opened, once; pictures of a run are images of the sample with its own grid. */
 function unpack(run, images) {
-  if (!run || run.ready) return run;
+  if (run.ready) return run;
   const lines = (list) => list.map((line) =>
     ({ ...line, values: line.halves === undefined ? floats(line.values) : halves(line.halves) }));
   const last = run.tokens.length - 1;
@@ -98,14 +98,10 @@ class Panel {
   constructor(index, run, alone) {
     Object.assign(this, { index, run, cell: -1 });
     const name = DATA.names[index];
-    this.node = el("section", { class: `card run${alone && run?.pictures.length ? " alone" : ""}`,
+    this.node = el("section", { class: `card run${alone && run.pictures.length ? " alone" : ""}`,
       "--run": color(index), "aria-label": name });
     const head = el("div", { class: "head" }, el("strong", {}, dot(index), name));
     this.node.append(head);
-    if (!run) {
-      this.node.append(el("p", { class: "soft" }, "This sample was not analysed with this model."));
-      return;
-    }
     this.numbers = el("dl", { class: "numbers" });
     if (run.pictures.length) this.node.append(this.views(head));
     this.node.append(this.words());
@@ -202,7 +198,6 @@ class Panel {
 
   /** The colour of the text; runs that have the measure share one scale, so that they compare. */
   paint(largest) {
-    if (!this.run) return;
     const values = this.run.paints[state.paint];
     this.tokens.forEach((token, j) => {
       const share = largest > 0 && Number.isFinite(values?.[j]) ? clamp(values[j] / largest, 0, 1) : 0;
@@ -213,7 +208,6 @@ class Panel {
   }
 
   drawToken() {
-    if (!this.run) return;
     const { run } = this;
     this.t = clamp(state.at, 0, run.tokens.length - 1);
     this.row = nearest(run.places, this.t, (place) => place);
@@ -305,7 +299,7 @@ function hold(at) {
 }
 
 function paint() {
-  const found = panels.map((panel) => panel.run?.paints[state.paint]).filter(Boolean);
+  const found = panels.map((panel) => panel.run.paints[state.paint]).filter(Boolean);
   const sorted = found.flatMap((values) => [...values]).filter(Number.isFinite).sort((a, b) => a - b);
   const largest = sorted[Math.floor(0.98 * (sorted.length - 1))] || sorted.at(-1) || 0;
   for (const panel of panels) panel.paint(largest);
@@ -317,18 +311,17 @@ function open(index) {
   byId("runs").classList.remove("held");
   const sample = DATA.samples[index];
   const runs = sample.runs.map((run) => unpack(run, sample.images));
-  longest = Math.max(1, ...runs.map((run) => run?.tokens.length ?? 0));
+  longest = Math.max(1, ...runs.map((run) => run.tokens.length));
   byId("question").textContent = sample.questions.map(({ runs: names, text }) =>
     visible(names ? `${names}: ${text}` : text)).join("\n\n");
   panels = runs.map((run, i) => new Panel(i, run, runs.length === 1));
   byId("runs").replaceChildren(...panels.map((panel) => panel.node));
-  const paints = Object.entries(PAINTS).filter(([key]) => runs.some((run) => run?.paints[key]));
+  const paints = Object.entries(PAINTS).filter(([key]) => runs.some((run) => run.paints[key]));
   if (!paints.some(([key]) => key === state.paint)) state.paint = paints[0]?.[0] ?? "none";
   fill(byId("paint"), [...paints, ["none", "none"]], state.paint);
   byId("sample").value = index;
-  for (const id of ["scale", "overlay"]) byId(id).closest("label").hidden = !runs.some((run) => run?.maps.length);
-  const notes = [...DATA.notes, ...sample.notes];
-  byId("notes").replaceChildren(...notes.map((note) => el("p", { class: "note" }, note)));
+  for (const id of ["scale", "overlay"]) byId(id).closest("label").hidden = !runs.some((run) => run.maps.length);
+  byId("notes").replaceChildren(...sample.notes.map((note) => el("p", { class: "note" }, note)));
   paint();
   drawCharts(runs);
   move(Math.min(state.at, longest - 1));

@@ -24,7 +24,7 @@ def check() -> None:
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Writes dilution.png, pvm.png and logit_lens.png as far as there is something to draw, and returns their paths."""
-    traces = [trace for run in runs for trace in run.traces if trace is not None]
+    traces = [trace for run in runs for trace in run.traces]
     drawn = []
     if any(map(measures.looks, traces)):
         drawn.append(_figure(folder / "dilution.png", [_mass, _tvr], runs))
@@ -67,10 +67,6 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _there(run: Run) -> list[Trace]:
-    return [trace for trace in run.traces if trace is not None]
-
-
 def _label(axes: Any, title: str, x: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x, fontsize=9)
@@ -95,7 +91,7 @@ def _over_layers(axes: Any, title: str) -> None:
 def _mass(axes: Any, runs: Sequence[Run]) -> None:
     """Omega_V over the text tokens before it, with the power laws; exponents in the legend."""
     for run, color in _coloured(runs):
-        for trace in filter(measures.looks, _there(run)):
+        for trace in filter(measures.looks, run.traces):
             line = measures.mass(trace)[0]
             axes.loglog(trace.text.text_before, line.values, color=color, linewidth=0.8, alpha=0.45)
             if line.fit is not None:
@@ -110,14 +106,14 @@ def _mass(axes: Any, runs: Sequence[Run]) -> None:
 
 def _tvr(axes: Any, runs: Sequence[Run]) -> None:
     for run, color in _coloured(runs):
-        for trace in filter(measures.looks, _there(run)):
+        for trace in filter(measures.looks, run.traces):
             axes.loglog(trace.text.text_before, measures.tvr(trace)[0].values, color=color, linewidth=0.8, alpha=0.45)
     _over_text(axes, "TVR(t), median of layers and heads")
 
 
 def _entropy(axes: Any, runs: Sequence[Run]) -> None:
     _by_layer(axes, runs, measures.entropy)
-    uniform = [measures.uniform(trace) for run in runs for trace in _there(run) if measures.entropy(trace)]
+    uniform = [measures.uniform(trace) for run in runs for trace in run.traces if measures.entropy(trace)]
     for values in {most.tobytes(): most for most in uniform}.values():
         axes.plot(np.arange(1, len(values) + 1), values, ":", color="#999999", linewidth=1)
     axes.set_ylim(bottom=0)
@@ -134,7 +130,7 @@ def _by_layer(axes: Any, runs: Sequence[Run], lines: Callable[[Trace], Sequence[
     """A line style for each PVM layer, named where one run has several."""
     named = set()
     for run, color in _coloured(runs):
-        for trace in _there(run):
+        for trace in run.traces:
             for i, line in enumerate(lines(trace)):
                 label = line.label if line.label not in named else None
                 named.add(line.label)

@@ -16,10 +16,22 @@ import numpy as np
 from pvm_jax.analysis import figures, measures
 from pvm_jax.analysis.measures import Line, Run
 from pvm_jax.analysis.page import finite, write_page
-from pvm_jax.analysis.results import Trace
-from pvm_jax.model_files import new_directory
+from pvm_jax.analysis.results import AnalysisError, Trace
+from pvm_jax.model_files import check_writable, new_directory
 
-LENS = ("predicted", "token", "rank", "probability", "given_rank", "given_probability", "kl", "settled")
+
+def check(folder: Path) -> None:
+    """Makes the parent of a folder to be written; for before anything that takes long.
+
+    Raises:
+      AnalysisError: there is such a folder, or it cannot be made.
+    """
+    try:
+        if folder.exists():
+            raise AnalysisError(f"--out={folder}: expected a folder that is not there yet; remove it or name another")
+        check_writable(folder.parent)
+    except OSError as error:
+        raise AnalysisError(f"--out={folder}: expected a place where a folder can be made ({error})") from None
 
 
 def write(folder: Path, runs: Sequence[Run], about: str) -> list[str]:
@@ -51,7 +63,7 @@ def as_json(runs: Sequence[Run], about: str) -> dict[str, Any]:
                 "lens_probability_by_layer": _list(measures.lens_mean(run, "probability")),
                 "lens_kl_by_layer": _list(measures.lens_mean(run, "kl")),
                 "words": {str(token): word for token, word in run.words.items()},
-                "samples": [None if trace is None else _sample(trace) for trace in run.traces],
+                "samples": [_sample(trace) for trace in run.traces],
             }
             for run in runs
         ],
@@ -78,7 +90,7 @@ def _sample(trace: Trace) -> dict[str, Any]:
         "pvm_entropy": _lines(measures.entropy(trace)),
         "pvm_ratio": _lines(measures.ratio(trace)),
         "pvm_choices": _list(trace.dilution.pvm_choices),
-        "lens": None if trace.lens is None else {name: _list(getattr(trace.lens, name)) for name in LENS},
+        "lens": None if trace.lens is None else {name: _list(x) for name, x in vars(trace.lens).items()},
     }
 
 
@@ -104,8 +116,6 @@ def _arrays(runs: Sequence[Run]) -> Iterator[tuple[str, np.ndarray]]:
     """Everything that has heads or visual tokens as an axis."""
     for i, run in enumerate(runs):
         for j, trace in enumerate(run.traces):
-            if trace is None:
-                continue
             found = {name: getattr(trace.dilution, name) for name in ("visual_mass", "tvr", "pvm_entropy", "pvm_ratio")}
             if trace.maps is not None:
                 found |= {name: getattr(trace.maps, name) for name in ("attention", "attention_heads", "retrieval")}

@@ -4,14 +4,15 @@ All outputs are made of these, so that their figures cannot differ.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32
 
-from pvm_jax.analysis import dilution
 from pvm_jax.analysis.results import PowerLaw, Trace
+from pvm_jax.evals import intervals
 
 SHARE = 0.1
 """Of an answer: what "first" and "last" mean in the table."""
@@ -24,13 +25,13 @@ class Run:
     Attributes:
       name: as the user calls it.
       about: the checkpoint and what else decides its numbers.
-      traces: one a sample; None where the sample could not be analysed with this model.
+      traces: one a sample.
       words: the text of the tokens that the logit lens shows, by id.
     """
 
     name: str
     about: Mapping[str, Any]
-    traces: Sequence[Trace | None]
+    traces: Sequence[Trace]
     words: Mapping[int, str]
 
 
@@ -59,8 +60,8 @@ def mass(trace: Trace) -> list[Line]:
         return []
     found = trace.dilution
     lines = [Line("mean of all layers", found.visual_mass.mean((0, 1)), found.fit)]
-    fits = found.fits or (None,) * len(found.visual_mass)
-    return lines + [Line(f"layer {i}", m.mean(0), fit) for i, (m, fit) in enumerate(zip(found.visual_mass, fits))]
+    by_layer = enumerate(zip(found.visual_mass, found.fits, strict=True))
+    return lines + [Line(f"layer {i}", values.mean(0), fit) for i, (values, fit) in by_layer]
 
 
 def tvr(trace: Trace) -> list[Line]:
@@ -101,7 +102,7 @@ def entropy_share(trace: Trace) -> Float32[np.ndarray, " T"]:
 
 def settled_by_layer(run: Run) -> Float[np.ndarray, " L"] | None:
     """The share of all tokens whose prediction has settled at each layer."""
-    lenses = [trace.lens for trace in run.traces if trace is not None and trace.lens is not None]
+    lenses = [trace.lens for trace in run.traces if trace.lens is not None]
     if not lenses:
         return None
     settled = np.concatenate([lens.settled for lens in lenses])
@@ -110,7 +111,7 @@ def settled_by_layer(run: Run) -> Float[np.ndarray, " L"] | None:
 
 def lens_mean(run: Run, field: str) -> Float[np.ndarray, " L"] | None:
     """The mean of `probability` or `kl` over all tokens, by layer."""
-    lenses = [trace.lens for trace in run.traces if trace is not None and trace.lens is not None]
+    lenses = [trace.lens for trace in run.traces if trace.lens is not None]
     return np.concatenate([getattr(lens, field) for lens in lenses], axis=1).mean(1) if lenses else None
 
 
@@ -153,56 +154,82 @@ HEADER = (
 def caveats(runs: Sequence[Run], sample: int) -> list[str]:
     """Sentences about what keeps the runs of a sample from being compared."""
     traces = [(run.name, run.traces[sample]) for run in runs]
-    sizes = {name: trace.text.visual_tokens for name, trace in traces if trace is not None}
+    sizes = {name: trace.text.visual_tokens for name, trace in traces}
     if len(set(sizes.values())) < 2:
         return []
-    text = next(trace.text.name for _, trace in traces if trace is not None)
+    text = traces[0][1].text.name
     said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     return [
         f"{text}: the runs have different numbers of visual tokens ({said}), so that their Ω_V and TVR do not compare; "
-        "give all of them the same --min_pixels and --max_pixels."
+        "give all of them the same --min_pixels and --max_pixels, for videos --video_min_pixels and --video_max_pixels."
     ]
 
 
+def attributed(runs: Sequence[Run], said: Sequence[Sequence[str]]) -> list[str]:
+    """Sentences of each run, once, with the names of the runs that they belong to unless these are all."""
+    found = []
+    for note in dict.fromkeys(itertools.chain(*said)):
+        whose = [run.name for run, own in zip(runs, said, strict=True) if note in own]
+        found.append(note if len(whose) == len(runs) else f"{', '.join(whose)}: {note}")
+    return found
+
+
+def notes(runs: Sequence[Run]) -> list[str]:
+    """What keeps runs from being compared, and what is missing; with the texts it belongs to, unless these are all."""
+    texts: dict[str, list[str]] = {}
+    for i, trace in enumerate(runs[0].traces):
+        for note in attributed(runs, [run.traces[i].notes for run in runs]):
+            texts.setdefault(note, []).append(trace.text.name)
+    count = len(runs[0].traces)
+    said = [note if len(names) == count else f"{', '.join(names)}: {note}" for note, names in texts.items()]
+    return [*(note for i in range(count) for note in caveats(runs, i)), *said]
+
+
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A row of cells under `HEADER` for each run: means over its texts."""
-    return [_row(run.name, [numbers(trace) for trace in run.traces if trace is not None]) for run in runs]
+    """A row of cells under `HEADER` for each run: means over its texts, or over so many of them as the cell says."""
+    return [_row(run.name, [numbers(trace) for trace in run.traces]) for run in runs]
+
+
+def short(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}"
+
+
+def _of_texts(count: int) -> str:
+    return f"of {count} text{'' if count == 1 else 's'}"
 
 
 def _row(name: str, found: Sequence[Mapping[str, Any]]) -> list[str]:
-    def mean(key: str) -> str:
+    def mean(key: str, form: Callable[[float], str] = short) -> str:
         values = [n[key] for n in found if n[key] is not None]
-        return short(float(np.mean(values))) if values else "-"
+        if not values:
+            return "-"
+        fewer = "" if len(values) == len(found) else f" ({_of_texts(len(values))})"
+        return form(float(np.mean(values))) + fewer
 
-    share = [n["pvm_entropy_share"] for n in found if n["pvm_entropy_share"] is not None]
-    settled = [n["settled"] for n in found if n["settled"] is not None]
     tokens = str(sum(n["tokens"] for n in found)) + (f" in {len(found)} texts" if len(found) > 1 else "")
     return [
         name,
         tokens,
         mean("mass_first"),
         mean("mass_last"),
-        _exponent([n["fit"] for n in found if n["fit"]]),
+        _exponent([n["fit"] for n in found if n["fit"]], len(found)),
         mean("tvr_last"),
-        f"{np.mean(share):.2f}" if share else "-",
+        mean("pvm_entropy_share", "{:.2f}".format),
         mean("pvm_ratio"),
-        f"{np.mean(settled):.1f} of {found[0]['layers'] - 1}" if settled else "-",
+        mean("settled", lambda layer: f"{layer:.1f} of {found[0]['layers'] - 1}"),
     ]
 
 
-def _exponent(fits: Sequence[Mapping[str, float]]) -> str:
+def _exponent(fits: Sequence[Mapping[str, float]], texts: int) -> str:
     """One text's with the interval of its fit; of several the mean with Student's interval over the texts."""
     if not fits:
         return "-"
     if len(fits) == 1:
-        return f"{fits[0]['exponent']:.2f} ({fits[0]['low']:.2f} to {fits[0]['high']:.2f})"
-    found = dilution.mean([fit["exponent"] for fit in fits])
+        fewer = "" if texts == 1 else f", {_of_texts(1)}"
+        return f"{fits[0]['exponent']:.2f} ({fits[0]['low']:.2f} to {fits[0]['high']:.2f}{fewer})"
+    found = intervals.mean([fit["exponent"] for fit in fits])
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f} over {found.count} texts)"
-
-
-def short(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}"
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ is stored as 255ths of each token's maximum, so that a number read off the page 
 
 import base64
 import dataclasses
-import itertools
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -84,7 +84,6 @@ def write_page(runs: Sequence[Run], about: str, budget: int = PAGE_BYTES, image_
         "header": list(measures.HEADER),
         "rows": measures.table(runs),
         "measured": {run.name: run.about for run in runs},
-        "notes": [],
         "samples": [_sample(runs, i, rooms[i], image_budget // len(samples)) for i in range(len(samples))],
     }
     folder = resources.files(__package__)
@@ -96,9 +95,9 @@ def write_page(runs: Sequence[Run], about: str, budget: int = PAGE_BYTES, image_
 # ---- What there is room for -------------------------------------------------------------------------------------
 
 
-def _rooms(samples: Sequence[Sequence[Trace | None]], budget: int) -> list[list[_Room | None]]:
+def _rooms(samples: Sequence[Sequence[Trace]], budget: int) -> list[list[_Room]]:
     """By sample and run. The runs of a sample have maps at the same tokens, so that they can be looked at together."""
-    traces = [trace for sample in samples for trace in sample if trace is not None]
+    traces = [trace for sample in samples for trace in sample]
     wanted = [min(len(trace.text.columns), TOKENS) for trace in traces]
     needs = [count * _curve_bytes(trace) for count, trace in zip(wanted, traces)]
     given = _shares(needs, CURVES * budget)
@@ -111,9 +110,9 @@ def _rooms(samples: Sequence[Sequence[Trace | None]], budget: int) -> list[list[
     left = iter(zip(traces, counts, given))
     rooms = []
     for sample in samples:
-        mine = [None if trace is None else next(left) for trace in sample]
-        every = max((_every(*one) for one in mine if one is not None), default=1)
-        rooms.append([None if one is None else _room(*one, every) for one in mine])
+        mine = [next(left) for _ in sample]
+        every = max(_every(*one) for one in mine)
+        rooms.append([_room(*one, every) for one in mine])
     return rooms
 
 
@@ -140,13 +139,18 @@ def _retrieval(trace: Trace) -> Float32[np.ndarray, "P R T M"] | None:
     return None if trace.maps is None or trace.pvm_silenced else trace.maps.retrieval
 
 
+def _pvm_maps(trace: Trace) -> int:
+    """How many maps of PVM `_maps` would give: of each head, of each layer, and of several layers together."""
+    retrieved = _retrieval(trace)
+    layers, heads = (0, 0) if retrieved is None else retrieved.shape[:2]
+    return layers * (heads + 1) + (layers > 1)
+
+
 def _map_count(trace: Trace) -> int:
     """How many maps `_maps` would give."""
     if trace.maps is None or not measures.looks(trace):
         return 0
-    retrieved = _retrieval(trace)
-    layers, heads = (0, 0) if retrieved is None else retrieved.shape[:2]
-    return len(trace.maps.attention) + 1 + layers * (heads + 1) + (layers > 1)
+    return len(trace.maps.attention) + 1 + _pvm_maps(trace)
 
 
 def _every(trace: Trace, tokens: int, given: float) -> int:
@@ -165,10 +169,9 @@ def _room(trace: Trace, tokens: int, given: float, every: int) -> _Room:
 # ---- Samples ----------------------------------------------------------------------------------------------------
 
 
-def _sample(runs: Sequence[Run], place: int, rooms: Sequence[_Room | None], image_budget: int) -> dict[str, Any]:
+def _sample(runs: Sequence[Run], place: int, rooms: Sequence[_Room], image_budget: int) -> dict[str, Any]:
     traces = [run.traces[place] for run in runs]
-    there = [trace for trace in traces if trace is not None]
-    images, places, side = _images([picture for trace in there for picture in trace.text.pictures], image_budget)
+    images, places, side = _images([picture for trace in traces for picture in trace.text.pictures], image_budget)
     scaled = [one for one in images if max(one["width"], one["height"]) > side]
     notes = measures.caveats(runs, place)
     if scaled:
@@ -179,14 +182,12 @@ def _sample(runs: Sequence[Run], place: int, rooms: Sequence[_Room | None], imag
         )
     shown, said = [], []
     for run, trace, room in zip(runs, traces, rooms):
-        made, cuts = (None, []) if trace is None else _run(trace, run.words, room, places)
+        made, cuts = _run(trace, run.words, room, places)
         shown.append(made)
-        said.append([] if trace is None else [*cuts, *trace.notes])
-    for note in dict.fromkeys(itertools.chain(*said)):
-        whose = [run.name for run, notes_of in zip(runs, said) if note in notes_of]
-        notes.append(note if len(whose) == len(runs) else f"{', '.join(whose)}: {note}")
+        said.append([*cuts, *trace.notes])
+    notes += measures.attributed(runs, said)
     return {
-        "name": there[0].text.name,
+        "name": traces[0].text.name,
         "questions": _questions(runs, traces),
         "images": images,
         "notes": notes,
@@ -194,12 +195,11 @@ def _sample(runs: Sequence[Run], place: int, rooms: Sequence[_Room | None], imag
     }
 
 
-def _questions(runs: Sequence[Run], traces: Sequence[Trace | None]) -> list[dict[str, str]]:
+def _questions(runs: Sequence[Run], traces: Sequence[Trace]) -> list[dict[str, str]]:
     """What was asked, once for all runs to which it is the same (chat templates may differ)."""
     asked: dict[str, list[str]] = {}
     for run, trace in zip(runs, traces):
-        if trace is not None:
-            asked.setdefault(shorten(_question(trace.text)), []).append(run.name)
+        asked.setdefault(shorten(_question(trace.text)), []).append(run.name)
     return [{"runs": ", ".join(names) if len(asked) > 1 else "", "text": text} for text, names in asked.items()]
 
 
@@ -214,7 +214,7 @@ def _question(text: Text) -> str:
 
 def _pixels(picture: Picture) -> tuple[tuple[int, int], bytes]:
     """What tells images apart."""
-    return picture.pixels.size, picture.pixels.tobytes()
+    return picture.pixels.size, hashlib.sha256(picture.pixels.tobytes()).digest()
 
 
 def _images(pictures: Sequence[Picture], budget: int) -> tuple[list[dict[str, Any]], dict[Any, int], int]:
@@ -290,6 +290,9 @@ def _cuts(trace: Trace, room: _Room, maps: Sequence[_Map]) -> Iterator[str]:
     of_layers = [one for one in maps if one.key.startswith("layer")]
     if len(of_layers) < layers:
         yield f"The page has maps of {len(of_layers)} of {layers} layers of self-attention; maps.npz has all."
+    of_pvm, all_of_pvm = sum(one.key.startswith("pvm") for one in maps), _pvm_maps(trace)
+    if of_pvm < all_of_pvm:
+        yield f"The page has {of_pvm} of {all_of_pvm} maps of PVM, of its layers and heads; maps.npz has all."
 
 
 def _maps(trace: Trace, room: _Room) -> Iterator[_Map]:

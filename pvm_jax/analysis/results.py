@@ -27,23 +27,18 @@ class Picture:
 
     Attributes:
       label: "image 1", or "video 1, 0.5-1.0 s": the times of its first and last frame.
-      frames: upright, in RGB, in the size that they came in: the image, or the two frames of a temporal patch (the last
-        of an odd number twice).
+      pixels: what to draw on, upright, in RGB, in the size that it came in: the image, or the first of the two frames
+        of a temporal patch.
       rows, columns: the grid of its visual tokens. It covers the whole frame, whatever its size: the frame was scaled
         to the grid, each axis on its own.
       start: its first visual token in 0 .. M-1; the rest follow row by row.
     """
 
     label: str
-    frames: tuple[Image.Image, ...]
+    pixels: Image.Image
     rows: int
     columns: int
     start: int
-
-    @property
-    def pixels(self) -> Image.Image:
-        """The frame to draw on."""
-        return self.frames[0]
 
     @property
     def stop(self) -> int:
@@ -61,8 +56,8 @@ class Text:
       pieces: the text of each token; joined they are the whole. A character of several tokens stands at its last one,
         and the others are empty.
       visual_index: which visual token stands in each place, -1 = text.
-      columns: places of the measured tokens in `ids`, ascending, never 0.
-      context: how many tokens there were when each was predicted; the column itself.
+      columns: places of the measured tokens in `ids`, ascending, never 0; so many tokens there were when each was
+        predicted.
       text_before: how many of those were text: t in the paper's bound on the attention to the image.
       pictures: what the visual tokens show, in order.
     """
@@ -72,7 +67,6 @@ class Text:
     pieces: tuple[str, ...]
     visual_index: Int32[np.ndarray, " C"]
     columns: Int32[np.ndarray, " T"]
-    context: Int32[np.ndarray, " T"]
     text_before: Int32[np.ndarray, " T"]
     pictures: tuple[Picture, ...]
 

@@ -42,15 +42,15 @@ def pictures(processor: Processor, sample: Mapping[str, Any], encoded: Encoded) 
       DataError: one of them cannot be read.
     """
     shown = []
-    for label, frames in _frames(processor, sample):
+    for label, frame in _frames(processor, sample):
         segment = encoded.patch_coords[encoded.patch_segment == len(shown) + 1]
         rows, columns = (int(n) // MERGE for n in segment.max(axis=0) + 1)
-        shown.append(Picture(label, frames, rows, columns, shown[-1].stop if shown else 0))
+        shown.append(Picture(label, frame, rows, columns, shown[-1].stop if shown else 0))
     return tuple(shown)
 
 
 def _frames(processor: Processor, sample: Mapping[str, Any]):
-    """(label, frames) of every picture: one of an image, two of each temporal patch of a video."""
+    """(label, frame) of every picture; of each temporal patch of a video its first."""
     counts = {"image": 0, "video": 0}
     for i, message in enumerate(sample["messages"]):
         for j, part in enumerate(message["content"] if not isinstance(message["content"], str) else ()):
@@ -58,7 +58,7 @@ def _frames(processor: Processor, sample: Mapping[str, Any]):
             if part["type"] in counts:
                 counts[part["type"]] += 1
             if part["type"] == "image":
-                yield f"image {counts['image']}", (open_image(part["image"], where),)
+                yield f"image {counts['image']}", open_image(part["image"], where)
             elif part["type"] == "video":
                 frames, indices, rate = read_frames(part["video"], processor.video, part.get("fps"), where)
                 size = processor.video.pixels.temporal_patch_size
@@ -66,11 +66,11 @@ def _frames(processor: Processor, sample: Mapping[str, Any]):
                     these = [min(k, len(frames) - 1) for k in range(first, first + size)]
                     begin, end = (indices[k] / rate for k in (these[0], these[-1]))
                     label = f"video {counts['video']}, {begin:.1f}-{end:.1f} s"
-                    yield label, tuple(frames[k] for k in these)
+                    yield label, frames[these[0]]
 
 
 def rectangle(picture: Picture, token: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of a visual token (0 .. M-1), in pixels of the picture's frames.
+    """Left, top, right and bottom of a visual token (0 .. M-1), in pixels of the picture.
 
     Raises:
       AnalysisError: the token belongs to another picture.

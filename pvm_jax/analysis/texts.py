@@ -27,10 +27,10 @@ class Source:
 
 
 def read(processor: Processor, samples: Sequence[Mapping[str, Any]]) -> list[Source]:
-    """Conversations with their answers: all of what the assistant says is measured.
+    """Conversations with their answers: all that the assistant says is measured, but what is marked `"loss": False`.
 
     Raises:
-      AnalysisError: a conversation without an assistant's turn.
+      AnalysisError: a conversation in which nothing is left to measure.
       DataError: one that cannot be encoded.
     """
     return [_source(processor, sample, processor.encode(sample, targets=True)) for sample in _named(samples)]
@@ -87,14 +87,18 @@ def question(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {**sample, "messages": messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages}
 
 
+def _answered(sample: Mapping[str, Any]) -> bool:
+    return any(message["role"] == "assistant" for message in sample["messages"])
+
+
 def _source(processor: Processor, sample: Mapping[str, Any], encoded: Encoded) -> Source:
     name = str(sample["id"])
     columns = np.flatnonzero(encoded.loss_mask).astype(np.int32)
     columns = columns[columns > 0]  # nothing stands before the first token that could predict it
     if not len(columns):
-        raise AnalysisError(
-            f"sample {name}: expected an answer to measure, found no assistant's turn; add one, or have one written"
-        )
+        unmarked = 'all of its answers are marked "loss": false; take the mark from one'
+        found = unmarked if _answered(sample) else "found no assistant's turn; add one"
+        raise AnalysisError(f"sample {name}: expected an answer to measure, {found}, or have one written")
     is_text = encoded.visual_index < 0
     text = Text(
         name=name,
@@ -102,7 +106,6 @@ def _source(processor: Processor, sample: Mapping[str, Any], encoded: Encoded) -
         pieces=pieces(processor, encoded.tokens),
         visual_index=encoded.visual_index,
         columns=columns,
-        context=columns,
         text_before=np.cumsum(is_text, dtype=np.int32)[columns - 1],
         pictures=pictures(processor, sample, encoded),
     )

@@ -22,6 +22,9 @@ from pvm_jax.generate import bucket
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.sharding import mesh_of, ways_of
 
+MAPS = ("attention", "attention_heads", "retrieval")
+"""Measures whose last axis is that of visual tokens."""
+
 
 def trace(
     model: Qwen3VL,
@@ -83,9 +86,13 @@ def _measure(
     watched = np.bincount(np.concatenate(queries) // window, minlength=length // window) > 0
     found: list[list[dict[str, np.ndarray]]] = [[] for _ in sources]
     for start, measures in walk(model, batch, watched.tolist(), wanted, text_window):
-        for row, at in enumerate(queries):
+        for row, (source, at) in enumerate(zip(sources, queries)):
             here = at[(at >= start) & (at < start + window)] - start
-            found[row].append({name: x[:, row, here] for name, x in measures.items()})
+            visual = source.text.visual_tokens  # padded to the most of a group
+            of_row = {
+                name: x[:, row, here, ..., :visual] if name in MAPS else x[:, row, here] for name, x in measures.items()
+            }
+            found[row].append(of_row)
     return [{name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]} for parts in found]
 
 
@@ -108,7 +115,7 @@ def _trace(config: ModelConfig, source: Source, measured: dict[str, np.ndarray],
             pvm_choices=measured["pvm_choices"][0] if pvm and not pvm.slots else None,
         ),
         lens=_lens(measured) if "lens_token" in measured else None,
-        maps=_maps(measured, text.visual_tokens) if "attention" in measured else None,
+        maps=_maps(measured) if "attention" in measured else None,
         notes=tuple(_notes(config, source, fits.no_fit)),
     )
 
@@ -119,14 +126,9 @@ def _lens(measured: dict[str, np.ndarray]) -> Lens:
     return Lens(predicted=predicted, settled=logit_lens.settled(fields["token"]), **fields)
 
 
-def _maps(measured: dict[str, np.ndarray], visual_tokens: int) -> Maps:
-    def map_of(name: str, by_head: bool) -> np.ndarray | None:
-        if name not in measured:
-            return None
-        x = measured[name][..., :visual_tokens]
-        return x.swapaxes(1, 2) if by_head else x
-
-    return Maps(map_of("attention", False), map_of("attention_heads", True), map_of("retrieval", True))
+def _maps(measured: dict[str, np.ndarray]) -> Maps:
+    by_head = {name: measured[name].swapaxes(1, 2) if name in measured else None for name in MAPS[1:]}
+    return Maps(measured["attention"], **by_head)
 
 
 def _notes(config: ModelConfig, source: Source, no_fit: str | None):

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from pvm_jax.analysis import dilution, logit_lens, retrieval
@@ -28,10 +27,10 @@ from pvm_jax.models.layers import rms_norm
 from pvm_jax.models.pvm import ProjectedMemory
 from pvm_jax.models.qwen3_vl import Qwen3VL
 from pvm_jax.models.stack import in_order
-from pvm_jax.sharding import AnyMesh, local_rows, mesh_of, shard_batch, take_rows
+from pvm_jax.sharding import AnyMesh, mesh_of, shard_batch
 
-# By name, [L,B,Q,...] of all layers, [P,B,Q,...] of those with PVM, [B,Q] of none.
 Measures = dict[str, Array]
+"""By name, [L,B,Q,...] of all layers, [P,B,Q,...] of those with PVM, [1,B,Q] of the last (what is predicted)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +64,7 @@ def walk(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """(first column, measures) of every watched window of a batch, in order.
 
-    A model on a mesh is analysed there, rows spread over data and fsdp; of several processes each passes the whole
-    batch and gets all measures.
+    A model on a mesh is analysed there, rows spread over data and fsdp, by one process that has all of its devices.
 
     Args:
       batch: of the host; rows divide over the mesh, and T by the number of windows.
@@ -75,9 +73,9 @@ def walk(
         all visual tokens. An ablation: dilution without a shorter answer.
     """
     graph, params = nnx.split(model)
-    mesh, rows = mesh_of(params), batch.tokens.shape[0]
+    mesh = mesh_of(params)
     length = batch.tokens.shape[1] // len(watched)
-    placed = jax.device_put(batch) if mesh is None else shard_batch(take_rows(batch, local_rows(rows, mesh)), mesh)
+    placed = jax.device_put(batch) if mesh is None else shard_batch(batch, mesh)
     entered, pairs = _enter(graph, params, placed, mesh=mesh)
     last = max((i for i, yes in enumerate(watched) if yes), default=-1)
     for i in range(last + 1):
@@ -137,8 +135,6 @@ def pass_window(
         given = jax.lax.dynamic_slice_in_dim(following, start, length, axis=1)
         logits = model.logits_in_loop(trains=False)
         measures |= logit_lens.look(lambda h: logits(rms_norm(h, model.text.norm, model.text.eps)), hidden, given)
-    if mesh is not None:
-        measures = jax.lax.with_sharding_constraint(measures, NamedSharding(mesh, PartitionSpec()))
     return pairs, measures
 
 

@@ -1,8 +1,12 @@
-"""Shares with their 95 % intervals."""
+"""Shares and means with their 95 % intervals."""
 
+import dataclasses
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from scipy.special import stdtrit
 
 Z95 = 1.959964
 
@@ -25,6 +29,27 @@ def share(right: int | float, count: int) -> dict[str, Any]:
     """A share as it stands in result files; without observations its value is None. `right` may be a sum of shares."""
     low, high = wilson(right, count)
     return {"right": right, "count": count, "value": right / count if count else None, "low": low, "high": high}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean with its interval of 95 % (Student's, for independent values); None with fewer than two."""
+
+    value: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def mean(values: Sequence[float]) -> Mean | None:
+    """None without values. Of 0.90, 0.92 and 0.94: 0.92, and 4.303 * 0.02 / sqrt(3) = 0.0497 to either side."""
+    if not values:
+        return None
+    count, value = len(values), statistics.fmean(values)
+    if count == 1:
+        return Mean(value, None, None, 1)
+    half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
+    return Mean(value, value - half, value + half, count)
 
 
 def percent(value: float | None) -> str:
