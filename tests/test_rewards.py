@@ -254,7 +254,7 @@ def test_no_grader_is_one_sentence(tmp_path, monkeypatch):
         f"import runpy, sys\nsys.modules['mathruler'] = None\nrunpy.run_path({str(CHILD)!r}, run_name='__main__')\n"
     )
     monkeypatch.setattr(grading, "_PROGRAM", absent)
-    with pytest.raises(GradingError, match=r"needs mathruler .*; run: pip install 'pvm-jax\[grade\]'"):
+    with pytest.raises(GradingError, match=r"needs mathruler .*; run: pip install -e '\.\[grade\]'"):
         Grader(children=1).grade(["x+1"], ["1+x"])
     absent.write_text("raise SystemExit(1)\n")
     with pytest.raises(GradingError, match="could not start within 120 s and 1024 MiB \\(crash\\); to see why, run"):

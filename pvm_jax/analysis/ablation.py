@@ -20,7 +20,6 @@ A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, 
 import argparse
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import itertools
 import json
@@ -331,10 +330,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(options: argparse.Namespace) -> list[str]:
-    try:
-        grid = importlib.import_module(options.grid)
-    except ModuleNotFoundError as error:
-        raise ResultError(f"--grid: expected a Python module, got {options.grid!r} ({error})") from None
+    grid = cli.plug_in(options.grid, "--grid", ResultError)
     names = options.rows.split(",") if options.rows else list(grid.ROWS)
     if unknown := [name for name in names if name not in grid.ROWS]:
         raise ResultError(f"--rows: expected some of {', '.join(grid.ROWS)}, got {', '.join(unknown)}")
