@@ -202,7 +202,7 @@ def test_an_evaluator_of_several_processes_meets_after_judging(known, model, pro
     """Two that say the same: about all questions, about each batch of them, and when the first has judged."""
     said = []
     monkeypatch.setattr(harness.agreement, "exchange", lambda: lambda text: said.append(text) or [text, text])
-    found = harness.make_evaluator(processor, **OPTIONS | {"path": str(folder / "own.jsonl")})(model)
+    found = harness.make_evaluator(processor, "own", **OPTIONS | {"path": str(folder / "own.jsonl")})(model)
     assert found["accuracy"] == (3 / 11, 1.0) and found["broken"] == (2, QUESTIONS)
     assert [len(json.loads(text)) for text in said[:-1]] == [3, 4, 4, 3] and said[-1] == "judged"
 
