@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ def new_directory(final: Path) -> Iterator[Path]:
 
     Raises:
       FileExistsError: `final` exists.
+      OSError: it is an address.
     """
+    _refuse_address(final)
     if final.exists():
         raise FileExistsError(f"{final}: expected a directory that does not exist yet; remove it or name another")
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +43,16 @@ def check_writable(folder: Path) -> None:
     Raises:
       OSError: either cannot be made.
     """
+    _refuse_address(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def _refuse_address(path: Path) -> None:
+    """gs://bucket/x would become a folder called "gs:"."""
+    if len(path.parts) > 1 and re.fullmatch(r"\w+:", path.parts[0]):
+        raise OSError(f"{path}: expected a directory, got an address; mount a bucket and name where it is mounted")
 
 
 def _umask() -> int:

@@ -492,6 +492,7 @@ def test_mistakes_of_place(stock_checkpoint, pvm_checkpoint, tmp_path, capsys):
         (("to_hf", native, tmp_path), f"{tmp_path}: expected a directory that does not exist yet"),
         (("from_hf", native, tmp_path / "x"), f"{native}: expected a Hugging Face directory, got a native checkpoint"),
         (("from_hf", "Qwen/Qwen3-VL-8B-Instruct", tmp_path / "x"), "hf download Qwen/Qwen3-VL-8B-Instruct"),
+        (("to_hf", native, "gs://bucket/x"), "gs:/bucket/x: expected a directory, got an address; mount a bucket"),
         (("to_hf", native, tmp_path / "x", "--max_shard_size=5TB"), "--max_shard_size: expected bytes or a number"),
         (
             ("from_hf", pvm_checkpoint, tmp_path / "x", "--pvm_layers=2", "--pvm_hidden_size=32"),
