@@ -3,7 +3,7 @@
 Launch, from the result of configs/sft.py:
     python train.py --config=configs/grpo.py:8b --workdir=runs/grpo-8b --config.model.path=runs/sft-8b \\
         --config.data.path=prompts.parquet --config.data.layout=trl
-Answers are graded by algebra in process 0, which needs mathruler there: pip install 'pvm-jax[grade]'
+Answers are graded by algebra in process 0, which needs mathruler there: pip install -e '.[grade]'
 
 Recipe (the public script, with TRL's defaults where it says nothing): everything trains but the vision tower; AdamW
 1e-6, constant; 8 prompts x 8 completions a step, at most 16,384 new tokens, temperature 1; loss dapo, epsilon 0.2, no
