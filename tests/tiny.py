@@ -37,8 +37,8 @@ PVM_WIDTH = 32
 def devices(count: int) -> dict[str, str]:
     """The environment of a process with so many simulated devices.
 
-    LLVM translates without optimizing, and fusions go the old and shorter way to it: compiling takes half of the time.
-    XLA's own passes (fusion, sharding, buffers), whose results the tests read, do not change by that. jaxlib 0.10 to
+    LLVM translates without optimizing, and fusions go the old and shorter way to it, which take a fifth and then a third
+    off the time of a first run. XLA's own passes (fusion, sharding, buffers), whose results the tests read, do not change by that. jaxlib 0.10 to
     0.12 know both flags.
     """
     flags = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
