@@ -37,9 +37,9 @@ PVM_WIDTH = 32
 def devices(count: int) -> dict[str, str]:
     """The environment of a process with so many simulated devices.
 
-    LLVM translates without optimizing, and fusions go the old and shorter way to it, which take a fifth and then a third
-    off the time of a first run. XLA's own passes (fusion, sharding, buffers), whose results the tests read, do not change by that. jaxlib 0.10 to
-    0.12 know both flags.
+    LLVM translates without optimizing, and fusions go the old and shorter way to it, which take a fifth and then a
+    third off the time of a first run. XLA's own passes (fusion, sharding, buffers), whose results the tests read, do
+    not change by that. jaxlib 0.10 to 0.12 know both flags.
     """
     flags = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
     return {"XLA_FLAGS": " ".join((f"--xla_force_host_platform_device_count={count}", *flags))}
