@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        advice = "--dtype=bfloat16 halves them, --tensor=N splits them over N devices"
+        advice = "--tensor=N splits them over N devices" + (", --dtype=bfloat16 halves them" * (dtype == "float32"))
         print(f"error: {checkpoint}: no room on the device for {dtype} weights and cache; {advice}", file=sys.stderr)
         return 2
     print(json.dumps(dataclasses.asdict(answer)) if as_json else answer.text)

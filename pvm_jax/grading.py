@@ -129,9 +129,8 @@ class _Child:
             self._start()
         self.pairs += 1
         try:
-            reply = self._ask(
-                json.dumps([given, gold]), PATIENCE * self.seconds
-            )  # ASCII: also of half a surrogate pair
+            pair = json.dumps([given, gold])  # ASCII: also of half a surrogate pair
+            reply = self._ask(pair, PATIENCE * self.seconds)
         except _Lost as lost:
             return Verdict(False, str(lost))
         return Verdict(reply["equal"], "algebra") if "equal" in reply else Verdict(False, "unparsable")
