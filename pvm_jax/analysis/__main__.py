@@ -241,7 +241,7 @@ def _written(
         part = rows[first : first + together]
         for row in part:
             _say(f"{row['id']}: writing an answer")
-        found += texts.write(model, processor, part, options.max_new_tokens, forced=options.forced, rows=together)
+        found += texts.write(model, processor, part, options.max_new_tokens, forced=options.forced)
     return found
 
 

@@ -43,15 +43,13 @@ def write(
     new_tokens: int,
     *,
     forced: bool = True,
-    rows: int = 8,
 ) -> list[Source]:
-    """Conversations with the greedy answers of a model, which are measured.
+    """Conversations with the greedy answers of a model, which are measured; all are answered in one batch.
 
     Args:
       samples: an assistant's turn at the end is left out.
       new_tokens: length of the answers.
       forced: the tokens that end an answer are never chosen, so that each has `new_tokens`; else it may end before.
-      rows: conversations answered at once.
 
     Raises:
       GenerationError, DataError: see `pvm_jax.generate`.
@@ -59,21 +57,16 @@ def write(
     questions = [question(sample) for sample in _named(samples)]
     stops = tuple(processor.eos_token_ids)
     banned = [*processor.banned_token_ids.tolist(), *(stops if forced else ())]
-    written: list[Source] = []
-    for first in range(0, len(questions), rows):
-        part = questions[first : first + rows]
-        prompts = encode(processor, part)
-        made = complete(
-            model,
-            make_batch(prompts),
-            max_new_tokens=new_tokens,
-            stop_token_ids=() if forced else stops,
-            banned_token_ids=banned,
-        )
-        for row, (sample, prompt) in enumerate(zip(part, prompts)):
-            answer = extend(prompt, made.tokens[row, : made.lengths[row]])
-            written.append(_source(processor, sample, answer))
-    return written
+    prompts = encode(processor, questions)
+    made = complete(
+        model,
+        make_batch(prompts),
+        max_new_tokens=new_tokens,
+        stop_token_ids=() if forced else stops,
+        banned_token_ids=banned,
+    )
+    answers = [extend(prompt, made.tokens[row, : made.lengths[row]]) for row, prompt in enumerate(prompts)]
+    return [_source(processor, sample, answer) for sample, answer in zip(questions, answers)]
 
 
 def _named(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
