@@ -2,7 +2,7 @@
 
 Launch, from the repository's root (again to go on; a run that was killed on the way starts over):
     python -m pvm_jax.data.prepare_digits runs/data --configs=demo,long
-    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --runs=runs/ablation --out=docs/ablation.json
+    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --jobs=2 --runs=runs/ablation --out=docs/ablation.json
 One row by hand, here `lora_all` with seed 0; rows of PVM are converted first, `--print` shows every row's commands:
     python train.py --config=configs/digits_ablation.py:lora_all --workdir=runs/lora-all --config.seed=0
     python eval.py --config=configs/digits_eval.py:brief --workdir=runs/lora-all/eval --config.checkpoint=runs/lora-all
@@ -157,14 +157,17 @@ def evaluation(smoke: bool = False) -> ConfigDict:
     return digits_eval.get_config("brief,smoke" if smoke else "brief")
 
 
-def commands(name: str, seed: int, run: str, data: str = "runs/data", smoke: bool = False) -> dict[str, list[str]]:
+def commands(
+    name: str, seed: int, run: str, data: str = "runs/data", smoke: bool = False, base: str | None = None
+) -> dict[str, list[str]]:
     """The commands of a row, in order: convert, train, eval. All they write is in the folder `run`."""
     _, options, change = ROWS[name]
-    start, trained = (f"{run}/start" if options else BASE), (f"{run}/train" if change else BASE)
+    base = base or BASE
+    start, trained = (f"{run}/start" if options else base), (f"{run}/train" if change else base)
     word = ",smoke" if smoke else ""
     found = {}
     if options:
-        convert = ["-m", "pvm_jax.convert", "from_hf", BASE, start, *options, f"--pvm_seed={seed}"]
+        convert = ["-m", "pvm_jax.convert", "from_hf", base, start, *options, f"--pvm_seed={seed}"]
         found["convert"] = ["python", *convert]
     if change:
         flags = [f"--workdir={trained}", f"--config.seed={seed}", f"--config.model.path={start}"]

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import re
 import sys
 import textwrap
@@ -36,8 +37,14 @@ pathlib.Path(sys.argv[1], "start").mkdir()
 open(pathlib.Path(sys.argv[1]).parent / "converted.txt", "a").write(" ".join(["made", *sys.argv[2:]]) + "\\\\n")
 """
 TRAIN = """
-import sys, pathlib
+import os, sys, pathlib, time
 folder = pathlib.Path(sys.argv[1])
+(folder / "cores.txt").write_text(" ".join(map(str, os.sched_getaffinity(0))) + "\\\\n" + os.environ["GLIBC_TUNABLES"])
+give_up = time.monotonic() + 20
+while (folder.parent / "together").exists() and len(list(folder.parent.glob("*/cores.txt"))) < 2:
+    time.sleep(0.01)
+    if time.monotonic() > give_up:
+        sys.exit("alone")
 (folder / "train/checkpoints").mkdir(parents=True, exist_ok=True)
 open(folder.parent / "done.txt", "a").write(folder.name + " train\\\\n")
 print("1,234 parameters train (5 %)")
@@ -67,10 +74,10 @@ def evaluation(smoke):
     options = {"module": "m", "path": "y", "samples": 2 if smoke else SAMPLES}
     return types.SimpleNamespace(to_dict=lambda: {"dtype": DTYPE, "evals": {"late": options, "short": options}})
 
-def commands(name, seed, run, data, smoke):
+def commands(name, seed, run, data, smoke, base):
     found = {"convert": ["python", "-c", CONVERT, run, *RATHER], "train": ["python", "-c", TRAIN, run, data]}
-    smoked = ["smoke"] if smoke else []
-    return (found if name == "a" else {}) | {"eval": ["python", "-c", EVAL, run, str(seed), *smoked]}
+    rest = (["smoke"] if smoke else []) + ([base] if base else [])
+    return (found if name == "a" else {}) | {"eval": ["python", "-c", EVAL, run, str(seed), *rest]}
 '''
 
 
@@ -108,6 +115,48 @@ def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     assert "| `base` | nothing | 0 | 1 | 0.900 | 0.900 | 0.100 |" in table and table.strip() in shown
     assert (tmp_path / "out/grid.png").stat().st_size > 5000
     assert not list((tmp_path / "runs").glob("*/train/checkpoints"))
+
+
+def test_jobs_run_together_each_on_cores_of_its_own(grid, tmp_path, monkeypatch):
+    """Each run waits for the other one."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/together").touch()
+    before = os.sched_getaffinity(0)
+    grid("--rows=a", "--seeds=0,1", "--jobs=2")
+    assert os.sched_getaffinity(0) == before
+    assert sorted(json.loads((tmp_path / "out/grid.json").read_text())["runs"]) == ["a/0", "a/1"]
+    lines = [(tmp_path / f"runs/a-{seed}/cores.txt").read_text().splitlines() for seed in (0, 1)]
+    first, second = ({int(core) for core in cores.split()} for cores, _ in lines)
+    assert first and second and not first & second and first | second == before
+    assert {allocator for _, allocator in lines} == {ablation.ALLOCATOR}
+
+
+def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation.Book, "tables", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        grid("--rows=a", "--seeds=0,1,2,3,4,5")
+    assert len(done(tmp_path)) <= 2, "the one that was done, and the one that had begun meanwhile"
+
+
+def test_each_seed_on_a_base_of_its_own(grid, tmp_path):
+    bases = [tmp_path / "first", tmp_path / "second"]
+    for base in bases:
+        base.mkdir()
+    grid("--seeds=0,1", f"--bases={bases[0]},{bases[1]}")
+    runs = json.loads((tmp_path / "out/grid.json").read_text())["runs"]
+    assert list(runs) == ["base/0", "a/0", "base/1", "a/1"], "a base is evaluated for each seed"
+    for name, run in runs.items():
+        assert run["commands"][-1].endswith(f" {bases[int(name[-1])]}")
+    grid("--seeds=1", f"--bases={bases[1]}")
+    assert len(done(tmp_path)) == 2, "all of it is recorded"
+    with pytest.raises(SystemExit, match=rf"another command \(there '{bases[0]}', here '{bases[1]}'\); name anoth"):
+        grid("--seeds=0,1", f"--bases={bases[1]},{bases[0]}")
+    with pytest.raises(SystemExit, match=rf"another command \(there '{bases[0]}', here None\)"):
+        grid("--seeds=0,1")
 
 
 def test_checkpoints_stay_if_asked(grid, tmp_path):
@@ -231,6 +280,10 @@ def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
         ("--seeds=0;1", "--seeds: expected numbers with commas, as in 0,1,2, got '0;1'"),
         ("--grid=no_such_grid", "--grid: expected a Python module, got 'no_such_grid'"),
         ("--tables", "grid.json: expected recorded runs, found none"),
+        ("--jobs=0", "--jobs: expected 1 or more, got 0"),
+        ("--jobs=1000", "--jobs: expected at most one run for each of the "),
+        ("--bases=x", "--bases: expected one checkpoint for each of 3 seeds, got 1"),
+        ("--bases=x,.,y", "--bases: expected folders of checkpoints, found none at x, y"),
     ],
 )
 def test_mistakes_are_one_sentence(grid, argument, message):

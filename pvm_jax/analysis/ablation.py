@@ -3,25 +3,28 @@
     python -m pvm_jax.analysis.ablation --seeds=0,1,2 --runs=runs/ablation --out=docs/ablation.json
     python -m pvm_jax.analysis.ablation --rows=pvm,lora_all --print         the commands alone, to run by hand
     python -m pvm_jax.analysis.ablation --out=docs/ablation.json --tables   table and picture of what is recorded
+    python -m pvm_jax.analysis.ablation --rows=base,pvm --seeds=0,1 --bases=runs/base-0,runs/base-1 ...
+                                                                            each seed on a base of its own
 
 A run is one row with one seed. Its commands (convert, train.py, eval.py) run as child processes one after the other;
-its numbers, commands and seconds then go into one JSON file, and its checkpoints are deleted. Started again, the grid
-goes on with the runs that are not recorded, the first of them from its last checkpoint, or from its beginning where it
-has none. Beside the JSON file lie the table (.md) and the picture (.png), drawn again after every run.
+its numbers, commands and seconds then go into one JSON file, and its checkpoints are deleted. With --jobs=N so many
+runs are made at a time, each bound to its share of the cores: on a CPU two runs on a core each take less time than one
+after the other on both. Started again, the grid goes on with the runs that are not recorded, those that were begun from
+their last checkpoint, or from their beginning where they have none. Beside the JSON file lie the table (.md) and the
+picture (.png), drawn again after every run.
 
 Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
 and the folders), another evaluation, or on another kind of device, is refused.
 
 A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)},
-`get_config(argument, data)`, `commands(name, seed, run, data, smoke)`, {"convert", "train", "eval": arguments}, and
-`evaluation(smoke)`, the configuration of eval.py.
+`get_config(argument, data)`, `commands(name, seed, run, data, smoke, base)`, {"convert", "train", "eval": arguments}
+(`base` None: the grid's own), and `evaluation(smoke)`, the configuration of eval.py.
 """
 
 import argparse
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -29,22 +32,28 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from pvm_jax import cli
-from pvm_jax.analysis.ablation_tables import draw, markdown, numbers
+from pvm_jax.analysis.ablation_book import DATA, RUN, Book, Commands, run_key
+from pvm_jax.analysis.ablation_tables import numbers
 from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
 from pvm_jax.model_files import check_writable
 
 FREE = re.compile(r"(^|\.)(seed|path)$")
 """Keys that differ from run to run of a row."""
 OUT = Path("docs/ablation.json")
-RUN, DATA = "<run>", "<data>"
-"""What stands for the folders of a run and of the data in commands that are compared."""
-Commands = Mapping[str, list[str]]
+# XLA:CPU asks for its temporary buffers anew in every step. glibc would hand them back to the system each time, and
+# clearing fresh pages of 4 KiB then is a quarter of a step of the tiny model: keep them, in large pages.
+ALLOCATOR = ":".join(
+    f"glibc.malloc.{name}"
+    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456", "arena_max=1")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Run:
 
     @property
     def key(self) -> str:
-        return f"{self.row}/{self.seed}"
+        return run_key(self.row, self.seed)
 
     def do(self, environment: Mapping[str, str]) -> dict[str, float | None]:
         """Runs what is left to do; seconds by command, of all attempts together.
@@ -140,102 +149,6 @@ def _of_evaluation(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
-class Book:
-    """The JSON file: {"rows": {name: {"title", "config"}}, "runs": {"name/seed": see `Run.result`}}."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.rows: dict[str, Any] = {}
-        self.runs: dict[str, Any] = {}
-        if path.exists():
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                self.rows, self.runs = content["rows"], content["runs"]
-            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ResultError(
-                    f"{path}: expected the JSON file of a grid, but it does not read ({error!r})"
-                ) from None
-
-    def check(
-        self,
-        row: str,
-        config: Mapping[str, Any] | None,
-        commands: Callable[[int], Commands],
-        conditions: Callable[[], Mapping[str, Any]],
-    ) -> None:
-        """Refuses a row that has runs of another kind.
-
-        Args:
-          commands: of the row with a seed, with RUN and DATA for the folders.
-          conditions: as in a run's entry; asked for if there is one.
-        """
-        if row not in self.rows:
-            return
-        self._compare(row, "configuration", self.rows[row]["config"] or {}, config or {})
-        for key, run in self.runs.items():
-            name, _, seed = key.rpartition("/")
-            if name != row:
-                continue
-            if differ := difference([shlex.split(line) for line in run["commands"]], commands(int(seed))):
-                self._refuse(row, "command", *differ)
-            if "conditions" not in run:
-                raise ResultError(
-                    f"{self.path}: run {key!r} was recorded without `conditions` (dtype, device, evaluation), so that "
-                    "nothing can be compared with it; delete it there to have it run again, or name another --out"
-                )
-            self._compare(row, "setting", run["conditions"], conditions())
-
-    def _compare(self, row: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-        for key in sorted(there.keys() | here.keys()):
-            if there.get(key) != here.get(key):
-                self._refuse(row, what, there.get(key), here.get(key), f"{key}: ")
-
-    def _refuse(self, row: str, what: str, there: Any, here: Any, key: str = "") -> None:
-        raise ResultError(
-            f"{self.path}: row {row!r} was recorded with another {what} ({key}there {there!r}, here {here!r}); "
-            "name another --out"
-        )
-
-    def has(self, run: Run) -> bool:
-        """Whether it is recorded; what is not trained is with any seed, which its evaluation does not depend on."""
-        if "train" in run.commands:
-            return run.key in self.runs
-        return any(key.rpartition("/")[0] == run.row for key in self.runs)
-
-    def add(self, run: Run, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
-        self.rows[run.row] = {"title": title, "config": config}
-        self.runs[run.key] = dict(result)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, [json.dumps({"rows": self.rows, "runs": self.runs}, indent=1) + "\n"])
-
-    def tables(self, order: Sequence[str]) -> str:
-        """The table, with the rows in this order; written beside the JSON file, as the picture is."""
-        rows = [name for name in order if name in self.rows]
-        text = markdown({name: self.rows[name]["title"] for name in rows}, self.runs)
-        write_whole(self.path.with_suffix(".md"), [text + "\n"])
-        draw({name: self.rows[name]["title"] for name in rows}, self.runs, self.path.with_suffix(".png"))
-        return text
-
-
-def difference(there: Sequence[Sequence[str]], here: Commands) -> tuple[str | None, str | None] | None:
-    """The first argument that is not the same, as it was there and is here; None if all are.
-
-    RUN and DATA in `here` stand for any folder that is the same throughout `there`.
-    """
-    folders: dict[str, str] = {}
-    for old, new in itertools.zip_longest(itertools.chain(*there), itertools.chain(*here.values())):
-        if old is None or new is None:
-            return old, new
-        known = new
-        for mark, folder in folders.items():
-            known = known.replace(mark, folder)
-        if found := re.fullmatch(re.escape(known).replace(RUN, "(?P<run>.+)").replace(DATA, "(?P<data>.+)"), old):
-            folders |= {f"<{name}>": folder for name, folder in found.groupdict().items()}
-        else:
-            return old, known
-    return None
-
-
 @functools.cache
 def device() -> tuple[str, str]:
     """Platform and kind of the devices here; asked in a process of its own, which lets go of them."""
@@ -256,14 +169,28 @@ def conditions(grid: Any, smoke: bool) -> dict[str, Any]:
     return {"dtype": dtype, "device": kind} | _of_evaluation(parts)
 
 
-def plan(grid: Any, names: Sequence[str], seeds: Sequence[int], runs: Path, data: str, smoke: bool) -> list[Run]:
-    """Runs in order: every row with the first seed, then with the second, ... What is not trained has one run."""
+def plan(
+    grid: Any,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    runs: Path,
+    data: str,
+    smoke: bool,
+    bases: Mapping[int, str] | None = None,
+) -> list[Run]:
+    """Runs in order: every row with the first seed, then with the second, ...
+
+    What is not trained does not depend on the seed: on one base it has one run.
+
+    Args:
+      bases: the checkpoint that each seed starts from; None: the grid's own, for all.
+    """
     planned = []
     for seed in seeds:
         for name in names:
             folder = runs / f"{name}-{seed}"
-            commands = grid.commands(name, seed, str(folder), data, smoke)
-            if "train" in commands or seed == seeds[0]:
+            commands = grid.commands(name, seed, str(folder), data, smoke, bases and bases[seed])
+            if "train" in commands or bases or seed == seeds[0]:
                 planned.append(Run(name, seed, folder, commands))
     return planned
 
@@ -279,33 +206,75 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
 
 def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namespace) -> list[str]:
     """Does the runs that are not recorded; messages of those that failed."""
-    smoke = options.smoke
+    smoke, bases = options.smoke, options.bases
     configs = {run.row: configuration(grid, run, options.data, smoke) for run in planned}
     for row, config in configs.items():
-        commands = functools.partial(grid.commands, row, run=RUN, data=DATA, smoke=smoke)
+
+        def commands(seed: int, row: str = row) -> Commands | None:
+            if bases and seed not in bases:
+                return None
+            return grid.commands(row, seed, RUN, DATA, smoke, bases and bases[seed])
+
         book.check(row, config, commands, lambda: conditions(grid, smoke))
-    left = [run for run in planned if not book.has(run)]
+    # On one base what is not trained is recorded with any seed.
+    known = {key.rpartition("/")[0] for key in book.runs}
+    left = [
+        run
+        for run in planned
+        if run.key not in book.runs and ("train" in run.commands or bases or run.row not in known)
+    ]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
     cache = str((options.runs / "xla").absolute())
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, **os.environ}
-    failed, began = [], time.monotonic()
-    for number, run in enumerate(left, 1):
-        print(f"[{number}/{len(left)}] {run.key}", end="", flush=True)
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "GLIBC_TUNABLES": ALLOCATOR, **os.environ}
+
+    def do(run: Run) -> dict[str, Any]:
+        print(f"{run.key} ...", flush=True)
+        return run.result(run.do(environment))
+
+    failed, began, cores = [], time.monotonic(), shares_of_cores(options.jobs)
+    with ThreadPoolExecutor(options.jobs, initializer=lambda: _bind(cores.pop())) as pool:
+        futures = {pool.submit(do, run): run for run in left}
         try:
-            result = run.result(run.do(environment))
-        except ResultError as error:
-            failed.append(str(error))
-            print(f": {error}", flush=True)
-            continue
-        book.add(run, grid.ROWS[run.row][0], configs[run.row], result)
-        book.tables(list(grid.ROWS))
-        if not options.keep:
-            run.clean()
-        passed = time.monotonic() - began
-        rest = passed / number * (len(left) - number)
-        took = ", ".join(f"{name} {'?' if s is None else round(s)} s" for name, s in result["seconds"].items())
-        print(f": {took}; {passed / 60:.0f} min so far, about {rest / 60:.0f} left", flush=True)
+            for number, future in enumerate(as_completed(futures), 1):
+                run, label = futures[future], f"[{number}/{len(left)}] {futures[future].key}"
+                try:
+                    result = future.result()
+                except ResultError as error:
+                    failed.append(str(error))
+                    print(f"{label}: {error}", flush=True)
+                    continue
+                book.add(run.row, run.seed, grid.ROWS[run.row][0], configs[run.row], result)
+                book.tables(list(grid.ROWS))
+                if not options.keep:
+                    run.clean()
+                passed = time.monotonic() - began
+                rest = passed / number * (len(left) - number)
+                took = ", ".join(f"{name} {'?' if s is None else round(s)} s" for name, s in result["seconds"].items())
+                print(f"{label}: {took}; {passed / 60:.0f} min so far, about {rest / 60:.0f} left", flush=True)
+        except BaseException:  # Ctrl-C, a full disk: what has not begun does not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return failed
+
+
+def shares_of_cores(jobs: int) -> list[set[int] | None]:
+    """The cores of this process in `jobs` parts; None: any, where a system cannot bind.
+
+    Raises:
+      ResultError: there are fewer cores than jobs.
+    """
+    if jobs == 1 or not hasattr(os, "sched_getaffinity"):  # macOS
+        return [None] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    if jobs > len(cores):
+        raise ResultError(f"--jobs: expected at most one run for each of the {len(cores)} cores here, got {jobs}")
+    return [set(cores[part::jobs]) for part in range(jobs)]
+
+
+def _bind(cores: set[int] | None) -> None:
+    """Binds the calling thread, and with it the processes that it starts."""
+    if cores is not None:
+        os.sched_setaffinity(threading.get_native_id(), cores)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -316,6 +285,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="runs/data", help="folder of the data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--bases", help="comma-separated checkpoints, one for each of --seeds; default: the grid's own")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on its share of the cores")
     parser.add_argument("--smoke", action="store_true", help="a few steps a run; needs another --out")
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
@@ -337,7 +308,10 @@ def _run(options: argparse.Namespace) -> list[str]:
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise ResultError(f"--seeds: expected numbers with commas, as in 0,1,2, got {options.seeds!r}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    planned = plan(grid, names, seeds, options.runs, options.data, options.smoke)
+    if options.jobs < 1:
+        raise ResultError(f"--jobs: expected 1 or more, got {options.jobs}")
+    options.bases = _bases(options.bases, seeds)
+    planned = plan(grid, names, seeds, options.runs, options.data, options.smoke, options.bases)
     if options.print:
         for run in planned:
             print(f"# {run.key}: {grid.ROWS[run.row][0]}")
@@ -355,6 +329,17 @@ def _run(options: argparse.Namespace) -> list[str]:
     if book.runs:
         print(book.tables(list(grid.ROWS)))
     return failed
+
+
+def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, str] | None:
+    if text is None:
+        return None
+    bases = text.split(",")
+    if len(bases) != len(seeds):
+        raise ResultError(f"--bases: expected one checkpoint for each of {len(seeds)} seeds, got {len(bases)}")
+    if missing := [base for base in bases if not Path(base).is_dir()]:
+        raise ResultError(f"--bases: expected folders of checkpoints, found none at {', '.join(missing)}")
+    return dict(zip(seeds, bases))
 
 
 if __name__ == "__main__":
