@@ -12,6 +12,9 @@ import tiny
 
 from pvm_jax.analysis import __main__ as command
 from pvm_jax.analysis import tracing
+from pvm_jax.data import digits
+from pvm_jax.data.digits_task import Spec
+from pvm_jax.data.sources import open_source
 from pvm_jax.sharding import make_mesh
 
 
@@ -129,6 +132,20 @@ def test_written_answers_of_checkpoints_without_pvm_and_maps_on_a_mesh(
         command.main([f"--checkpoint={stock_checkpoint}", flags[1], f"--out={tmp_path / 'other'}", "--without_pvm"])
     assert stopped.value.code == 2
     assert "--without_pvm: expected a checkpoint with PVM, found none in" in capsys.readouterr().err
+
+
+def test_rows_of_a_split_of_a_tfds_directory(stock_checkpoint, tmp_path, capsys, monkeypatch):
+    splits = {"sft_64": (1, Spec("train", 40)), "test_64": (3, Spec("test", 64))}
+    monkeypatch.setattr(digits, "SPLITS", {"demo": splits})
+    folder = digits.prepare(tmp_path / "data", "demo")
+    flags = [f"--checkpoint={stock_checkpoint}", f"--data={folder}", f"--out={tmp_path / 'out'}", "--no_maps"]
+    assert command.main(flags) == 1
+    assert "no split 'train'; it has sft_64, test_64" in capsys.readouterr().err
+    assert command.main([*flags, "--split=test_64[1:]", "--limit=1"]) == 0
+    (sample,) = json.loads((tmp_path / "out/analysis.json").read_text())["runs"][0]["samples"]
+    answer = open_source(folder, split="test_64")[1]["messages"][-1]["content"]
+    answer = answer if isinstance(answer, str) else answer[0]["text"]
+    assert sample["name"].endswith("test_64[1:]:0") and "".join(sample["tokens"]).startswith(answer)
 
 
 @pytest.mark.parametrize(
