@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 WORKERS ?= 2
+SEED ?= 0
+BASE ?= runs/digits-base
 # pip compiles modules on one core; here all do it. Some of torch's are for a newer Python: that is no failure.
 INSTALL = $(PY) -m pip install --quiet --no-compile
 COMPILE = $(PY) -m compileall -qq -j 0 .venv/lib || true
@@ -27,12 +29,12 @@ demo: .venv/.demo
 demo-grpo: .venv/.demo
 	PYTHON=$(PY) bash demo_grpo.sh
 
-# Trains the checkpoint in assets/ again.
+# Trains the checkpoint in assets/ again, as $(BASE)-hf; with another SEED, another base.
 base: .venv/.demo
 	$(PY) -m pvm_jax.data.prepare_digits runs/data --configs=base,text
-	$(PY) train.py --config=configs/digits_base.py --workdir=runs/digits-base
-	$(PY) train.py --config=configs/digits_base.py:long --workdir=runs/digits-base-long
-	$(PY) -m pvm_jax.convert to_hf runs/digits-base-long runs/digits-base-hf
+	$(PY) train.py --config=configs/digits_base.py --workdir=$(BASE) --config.seed=$(SEED)
+	$(PY) train.py --config=configs/digits_base.py:long --workdir=$(BASE)-long --config.seed=$(SEED) --config.model.path=$(BASE)
+	$(PY) -m pvm_jax.convert to_hf $(BASE)-long $(BASE)-hf
 
 # Ratios against transformers; wants a quiet machine.
 bench: .venv/.test

@@ -1,12 +1,17 @@
 """The grid of ablations: its rows, its runner on a grid of stand-ins and on the real commands, its numbers."""
 
+import contextlib
+import errno
 import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
+import signal
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -128,8 +133,10 @@ def test_jobs_run_together_each_on_cores_of_its_own(grid, tmp_path, monkeypatch)
     assert sorted(json.loads((tmp_path / "out/grid.json").read_text())["runs"]) == ["a/0", "a/1"]
     lines = [(tmp_path / f"runs/a-{seed}/cores.txt").read_text().splitlines() for seed in (0, 1)]
     first, second = ({int(core) for core in cores.split()} for cores, _ in lines)
-    assert first and second and not first & second and first | second == before
+    assert len(first) == len(second) == len(before) // 2 and not first & second and first | second <= before
     assert {allocator for _, allocator in lines} == {ablation.ALLOCATOR}
+    cores = [run["cores"] for run in json.loads((tmp_path / "out/grid.json").read_text())["runs"].values()]
+    assert cores == [len(first), len(second)]
 
 
 def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path, monkeypatch):
@@ -142,21 +149,105 @@ def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path,
     assert len(done(tmp_path)) <= 2, "the one that was done, and the one that had begun meanwhile"
 
 
-def test_each_seed_on_a_base_of_its_own(grid, tmp_path):
-    bases = [tmp_path / "first", tmp_path / "second"]
-    for base in bases:
-        base.mkdir()
-    grid("--seeds=0,1", f"--bases={bases[0]},{bases[1]}")
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Two checkpoints that differ in one weight."""
+    folder = tmp_path_factory.mktemp("bases")
+    for name in ("first", "second"):
+        shutil.copytree(ROOT / "assets/digits_base", folder / name)
+    with (folder / "second/model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    return str(folder / "first"), str(folder / "second")
+
+
+def test_each_seed_on_a_base_of_its_own(grid, tmp_path, bases):
+    first, second = bases
+    grid("--seeds=0,1", f"--bases={first},{second}")
     runs = json.loads((tmp_path / "out/grid.json").read_text())["runs"]
     assert list(runs) == ["base/0", "a/0", "base/1", "a/1"], "a base is evaluated for each seed"
     for name, run in runs.items():
-        assert run["commands"][-1].endswith(f" {bases[int(name[-1])]}")
-    grid("--seeds=1", f"--bases={bases[1]}")
-    assert len(done(tmp_path)) == 2, "all of it is recorded"
-    with pytest.raises(SystemExit, match=rf"another command \(there '{bases[0]}', here '{bases[1]}'\); name anoth"):
-        grid("--seeds=0,1", f"--bases={bases[1]},{bases[0]}")
-    with pytest.raises(SystemExit, match=rf"another command \(there '{bases[0]}', here None\)"):
-        grid("--seeds=0,1")
+        assert run["commands"][-1].endswith(f" {bases[int(name[-1])]}") and run["base"]["path"] == bases[int(name[-1])]
+    assert runs["a/0"]["base"]["checksum"] != runs["a/1"]["base"]["checksum"]
+    assert [name[:3] for name in done(tmp_path)] == ["a-0", "a-1"]
+    moved = shutil.copytree(second, tmp_path / "moved")
+    grid("--seeds=1,2", f"--bases={moved},{first}")
+    assert len(done(tmp_path)) == 3, "what is recorded counts wherever its base lies now"
+    with pytest.raises(SystemExit, match=rf"another base \(seed 0: there '{first}', here '{second}'\); name another"):
+        grid("--seeds=0,1", f"--bases={second},{first}")
+
+
+def test_bases_are_not_mixed(grid, bases):
+    grid("--rows=a", "--seeds=0")
+    with pytest.raises(
+        SystemExit, match=r"another kind of base \(there \"the grid's own base\", here 'a base for each"
+    ):
+        grid("--rows=a", "--seeds=1", f"--bases={bases[0]}")
+    grid("--rows=base", "--seeds=1", f"--bases={bases[0]}")
+    with pytest.raises(SystemExit, match=r"another kind of base \(there 'a base for each seed', here \"the grid's own"):
+        grid("--rows=base", "--seeds=1")
+
+
+def test_two_grids_do_not_share_a_folder_of_runs(grid, tmp_path):
+    """Nor does one with a command that a killed one has left behind: the folder is held until that ends."""
+    with ablation.locked(tmp_path / "runs"), pytest.raises(SystemExit, match="another grid, or a command that one has"):
+        grid("--seeds=0")
+    linger = "import subprocess; print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True)"
+    run = ablation.Run("a", 0, tmp_path / "run", {"train": ["python", "-c", linger]})
+    with ablation.locked(tmp_path / "runs") as lock:
+        run.do({}, lock)
+    try:
+        with pytest.raises(SystemExit, match="works there; wait for it, or name another folder"):
+            grid("--seeds=0")
+    finally:
+        os.kill(int((tmp_path / "run/train.log").read_text()), signal.SIGKILL)
+    for _ in range(100):  # the killed process takes a moment to go
+        with contextlib.suppress(SystemExit):
+            grid("--seeds=0")
+            break
+        time.sleep(0.1)
+    assert done(tmp_path) == ["a-0 train"]
+
+
+def test_grids_with_one_record_add_to_it(grid, tmp_path, monkeypatch):
+    add = ablation.Book.add
+
+    def meanwhile(book, *given):
+        if not book.runs:
+            add(ablation.Book(book.path), "other", 7, "other", None, {"trainable": 1, "numbers": {}})
+        add(book, *given)
+
+    monkeypatch.setattr(ablation.Book, "add", meanwhile)
+    monkeypatch.setattr(ablation.Book, "tables", lambda *_: "")
+    grid("--rows=a", "--seeds=0")
+    assert sorted(json.loads((tmp_path / "out/grid.json").read_text())["runs"]) == ["a/0", "other/7"]
+
+
+def test_a_full_disk_ends_the_grid_with_a_sentence(grid, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "seconds.json")
+
+    monkeypatch.setattr(ablation.Run, "result", full)
+    with pytest.raises(SystemExit, match=r"the first: a/0: seconds.json could not be written \(No space left on devic"):
+        grid("--rows=a", "--seeds=0,1,2,3,4,5")
+    assert len(done(tmp_path)) <= 2, "the one that failed, and the one that had begun meanwhile"
+
+
+def test_a_row_whose_runs_were_deleted_is_left_out(grid, tmp_path):
+    grid("--seeds=0")
+    file = tmp_path / "out/grid.json"
+    book = json.loads(file.read_text())
+    del book["runs"]["a/0"]
+    file.write_text(json.dumps(book))
+    grid("--tables")
+    assert "`a`" not in (tmp_path / "out/grid.md").read_text()
+
+
+def test_jobs_are_for_cpus(grid, monkeypatch):
+    monkeypatch.setattr(ablation, "device", lambda: ("gpu", "NVIDIA H100"))
+    monkeypatch.setattr(ablation.Book, "check", lambda *_: None)
+    with pytest.raises(SystemExit, match="--jobs: expected 1 where runs compute on one and the same gpu, got 2"):
+        grid("--seeds=0", "--jobs=2")
 
 
 def test_checkpoints_stay_if_asked(grid, tmp_path):
@@ -282,8 +373,12 @@ def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
         ("--tables", "grid.json: expected recorded runs, found none"),
         ("--jobs=0", "--jobs: expected 1 or more, got 0"),
         ("--jobs=1000", "--jobs: expected at most one run for each of the "),
-        ("--bases=x", "--bases: expected one checkpoint for each of 3 seeds, got 1"),
-        ("--bases=x,.,y", "--bases: expected folders of checkpoints, found none at x, y"),
+        ("--bases=x", "--bases: expected one checkpoint for each of 3 seeds, got 'x'"),
+        ("--bases=x,,y", "--bases: expected one checkpoint for each of 3 seeds, got 'x,,y'"),
+        ("--bases=x,y,z", "x: expected a model directory, found nothing"),
+        ("--seeds=0,1,0", "--seeds: expected each once, got 0,1,0"),
+        ("--rows=a,a", "--rows: expected each once, got a,a"),
+        ("--grid=json", "--grid: expected a module with ROWS, as configs.digits_ablation, got json"),
     ],
 )
 def test_mistakes_are_one_sentence(grid, argument, message):

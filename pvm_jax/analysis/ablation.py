@@ -1,9 +1,9 @@
 """A grid of ablations: each row with several seeds, by the ordinary commands, and a table of what came out.
 
-    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --runs=runs/ablation --out=docs/ablation.json
+    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --jobs=2 --runs=runs/ablation --out=docs/ablation.json
     python -m pvm_jax.analysis.ablation --rows=pvm,lora_all --print         the commands alone, to run by hand
     python -m pvm_jax.analysis.ablation --out=docs/ablation.json --tables   table and picture of what is recorded
-    python -m pvm_jax.analysis.ablation --rows=base,pvm --seeds=0,1 --bases=runs/base-0,runs/base-1 ...
+    python -m pvm_jax.analysis.ablation --rows=base,pvm --seeds=0,1 --bases=runs/base-0-hf,runs/base-1-hf --out=...
                                                                             each seed on a base of its own
 
 A run is one row with one seed. Its commands (convert, train.py, eval.py) run as child processes one after the other;
@@ -14,7 +14,8 @@ their last checkpoint, or from their beginning where they have none. Beside the 
 picture (.png), drawn again after every run.
 
 Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
-and the folders), another evaluation, or on another kind of device, is refused.
+and the folders), another evaluation, on another kind of device, or on a base where the others have another, is refused.
+The number of cores, over which sums are divided, changes a few answers of a run; it is recorded and not compared.
 
 A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)},
 `get_config(argument, data)`, `commands(name, seed, run, data, smoke, base)`, {"convert", "train", "eval": arguments}
@@ -23,6 +24,7 @@ A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, 
 
 import argparse
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import json
@@ -34,13 +36,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pvm_jax import cli
-from pvm_jax.analysis.ablation_book import DATA, RUN, Book, Commands, run_key
+from pvm_jax.analysis.ablation_book import DATA, RUN, Base, Book, Commands, run_key
 from pvm_jax.analysis.ablation_tables import numbers
 from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
 from pvm_jax.model_files import check_writable
@@ -58,21 +61,29 @@ ALLOCATOR = ":".join(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row with one seed; all it writes is in `folder`."""
+    """One row with one seed; all it writes is in `folder`.
+
+    Attributes:
+      base: what it starts from; None: the grid's own base.
+    """
 
     row: str
     seed: int
     folder: Path
     commands: Commands
+    base: Base | None = None
 
     @property
     def key(self) -> str:
         return run_key(self.row, self.seed)
 
-    def do(self, environment: Mapping[str, str]) -> dict[str, float | None]:
+    def do(self, environment: Mapping[str, str], lock: int | None = None) -> dict[str, float | None]:
         """Runs what is left to do; seconds by command, of all attempts together.
 
         None where that is not known: an attempt was killed together with this process.
+
+        Args:
+          lock: a file descriptor that the commands keep open, see `locked`.
 
         Raises:
           ResultError: a command failed; the message has its last line.
@@ -90,11 +101,17 @@ class Run:
             self._keep(seconds | {name: None})
             with log.open("w", encoding="utf-8") as file:
                 argv = [sys.executable, *arguments[1:]]
-                status = subprocess.run(argv, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+                status = subprocess.run(
+                    argv,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    pass_fds=() if lock is None else (lock,),
+                ).returncode
             seconds[name] = None if before is None else round(before + time.monotonic() - began, 3)
             self._keep(seconds)
             if status:
-                raise ResultError(f"{self.key}: {name} ended with status {status}: {_last(log)} (all of it: {log})")
+                raise ResultError(f"{name} ended with status {status}: {_last(log)} (all of it: {log})")
             if name == "convert":
                 write_whole(made, [shlex.join(arguments)])
         return seconds
@@ -118,10 +135,12 @@ class Run:
             "commands": [shlex.join(arguments) for arguments in self.commands.values()],
             "conditions": conditions | _of_evaluation({part: result["options"] for part, result in evals.items()}),
             "seconds": dict(seconds),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "trainable": self._trainable(),
             "versions": versions(),
             "numbers": numbers(evals["late"]["summary"] | evals["short"]["summary"]),
-        }
+        } | ({} if self.base is None else {"base": dataclasses.asdict(self.base)})
 
     def _trainable(self) -> int:
         if "train" not in self.commands:
@@ -176,22 +195,23 @@ def plan(
     runs: Path,
     data: str,
     smoke: bool,
-    bases: Mapping[int, str] | None = None,
+    bases: Mapping[int, Base] | None = None,
 ) -> list[Run]:
     """Runs in order: every row with the first seed, then with the second, ...
 
     What is not trained does not depend on the seed: on one base it has one run.
 
     Args:
-      bases: the checkpoint that each seed starts from; None: the grid's own, for all.
+      bases: what the runs of each seed start from; None: the grid's own base, for all.
     """
     planned = []
     for seed in seeds:
+        base = bases[seed] if bases else None
         for name in names:
-            folder = runs / f"{name}-{seed}"
-            commands = grid.commands(name, seed, str(folder), data, smoke, bases and bases[seed])
-            if "train" in commands or bases or seed == seeds[0]:
-                planned.append(Run(name, seed, folder, commands))
+            folder = runs / (f"{name}-{seed}-{base.checksum[:8]}" if base else f"{name}-{seed}")
+            commands = grid.commands(name, seed, str(folder), data, smoke, base and base.path)
+            if "train" in commands or base or seed == seeds[0]:
+                planned.append(Run(name, seed, folder, commands, base))
     return planned
 
 
@@ -206,69 +226,100 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
 
 def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namespace) -> list[str]:
     """Does the runs that are not recorded; messages of those that failed."""
-    smoke, bases = options.smoke, options.bases
+    smoke = options.smoke
     configs = {run.row: configuration(grid, run, options.data, smoke) for run in planned}
     for row, config in configs.items():
 
-        def commands(seed: int, row: str = row) -> Commands | None:
-            if bases and seed not in bases:
-                return None
-            return grid.commands(row, seed, RUN, DATA, smoke, bases and bases[seed])
+        def commands(seed: int, base: str | None, row: str = row) -> Commands:
+            return grid.commands(row, seed, RUN, DATA, smoke, base)
 
-        book.check(row, config, commands, lambda: conditions(grid, smoke))
-    # On one base what is not trained is recorded with any seed.
+        book.check(row, config, commands, lambda: conditions(grid, smoke), options.bases)
+    # On one base, what is not trained is recorded with any seed.
     known = {key.rpartition("/")[0] for key in book.runs}
     left = [
         run
         for run in planned
-        if run.key not in book.runs and ("train" in run.commands or bases or run.row not in known)
+        if run.key not in book.runs and ("train" in run.commands or run.base or run.row not in known)
     ]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
+    cores = shares_of_cores(options.jobs)
     cache = str((options.runs / "xla").absolute())
     environment = {"JAX_COMPILATION_CACHE_DIR": cache, "GLIBC_TUNABLES": ALLOCATOR, **os.environ}
+    failed, began = [], time.monotonic()
 
-    def do(run: Run) -> dict[str, Any]:
+    def do(run: Run, lock: int) -> dict[str, Any]:
         print(f"{run.key} ...", flush=True)
-        return run.result(run.do(environment))
+        return run.result(run.do(environment, lock))
 
-    failed, began, cores = [], time.monotonic(), shares_of_cores(options.jobs)
-    with ThreadPoolExecutor(options.jobs, initializer=lambda: _bind(cores.pop())) as pool:
-        futures = {pool.submit(do, run): run for run in left}
+    def keep(run: Run, result: Mapping[str, Any], number: int) -> None:
+        book.add(run.row, run.seed, grid.ROWS[run.row][0], configs[run.row], result)
+        book.tables(list(grid.ROWS))
+        if not options.keep:
+            run.clean()
+        passed = time.monotonic() - began
+        rest = passed / number * (len(left) - number)
+        took = ", ".join(f"{name} {'?' if s is None else round(s)} s" for name, s in result["seconds"].items())
+        print(
+            f"[{number}/{len(left)}] {run.key}: {took}; {passed / 60:.0f} min so far, about {rest / 60:.0f} left",
+            flush=True,
+        )
+
+    pool = ThreadPoolExecutor(options.jobs, initializer=lambda: _bind(cores.pop()))
+    with locked(options.runs) as lock:
+        futures = {pool.submit(do, run, lock): run for run in left}
         try:
             for number, future in enumerate(as_completed(futures), 1):
-                run, label = futures[future], f"[{number}/{len(left)}] {futures[future].key}"
                 try:
-                    result = future.result()
-                except ResultError as error:
-                    failed.append(str(error))
-                    print(f"{label}: {error}", flush=True)
-                    continue
-                book.add(run.row, run.seed, grid.ROWS[run.row][0], configs[run.row], result)
-                book.tables(list(grid.ROWS))
-                if not options.keep:
-                    run.clean()
-                passed = time.monotonic() - began
-                rest = passed / number * (len(left) - number)
-                took = ", ".join(f"{name} {'?' if s is None else round(s)} s" for name, s in result["seconds"].items())
-                print(f"{label}: {took}; {passed / 60:.0f} min so far, about {rest / 60:.0f} left", flush=True)
-        except BaseException:  # Ctrl-C, a full disk: what has not begun does not begin
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+                    keep(futures[future], future.result(), number)
+                except CancelledError:
+                    pass
+                except (ResultError, OSError) as error:
+                    failed.append(f"{futures[future].key}: {cli.sentence(error) or error}")
+                    print(f"[{number}/{len(left)}] {failed[-1]}", flush=True)
+                    if isinstance(error, OSError):  # a full disk: nothing else is begun, what runs is waited for
+                        for waiting in futures:
+                            waiting.cancel()
+        finally:  # after Ctrl-C, too
+            pool.shutdown(cancel_futures=True)
     return failed
 
 
-def shares_of_cores(jobs: int) -> list[set[int] | None]:
-    """The cores of this process in `jobs` parts; None: any, where a system cannot bind.
+@contextmanager
+def locked(runs: Path) -> Iterator[int]:
+    """Holds the folder of the runs; so do the commands that get the file descriptor, even when this process is killed.
 
     Raises:
-      ResultError: there are fewer cores than jobs.
+      ResultError: another grid, or a command that one has left behind, works there.
     """
-    if jobs == 1 or not hasattr(os, "sched_getaffinity"):  # macOS
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / "lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResultError(
+                f"--runs={runs}: another grid, or a command that one has left behind, works there; wait for it, or "
+                "name another folder"
+            ) from None
+        yield file.fileno()
+
+
+def shares_of_cores(jobs: int) -> list[set[int] | None]:
+    """As many cores of this process for each of the jobs; None: any, for one job or where a system cannot bind.
+
+    Raises:
+      ResultError: there are fewer cores than jobs, or what computes is not the CPU.
+    """
+    if jobs == 1:
+        return [None]
+    if (platform := device()[0]) != "cpu":
+        raise ResultError(f"--jobs: expected 1 where runs compute on one and the same {platform}, got {jobs}")
+    if not hasattr(os, "sched_getaffinity"):  # macOS
         return [None] * jobs
     cores = sorted(os.sched_getaffinity(0))
     if jobs > len(cores):
         raise ResultError(f"--jobs: expected at most one run for each of the {len(cores)} cores here, got {jobs}")
-    return [set(cores[part::jobs]) for part in range(jobs)]
+    each = len(cores) // jobs
+    return [set(cores[job * each : (job + 1) * each]) for job in range(jobs)]
 
 
 def _bind(cores: set[int] | None) -> None:
@@ -294,20 +345,28 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     try:
         failed = _run(options)
-    except (ResultError, OSError) as error:
-        sys.exit(f"error: {cli.sentence(error) or error}")
+    except (ValueError, OSError) as error:
+        message = cli.sentence(error) or (str(error) if isinstance(error, OSError) else None)
+        if message is None:
+            raise
+        sys.exit(f"error: {message}")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the first: {failed[0]}")
 
 
 def _run(options: argparse.Namespace) -> list[str]:
     grid = cli.plug_in(options.grid, "--grid", ResultError)
+    if not hasattr(grid, "ROWS"):
+        raise ResultError(f"--grid: expected a module with ROWS, as configs.digits_ablation, got {options.grid}")
     names = options.rows.split(",") if options.rows else list(grid.ROWS)
     if unknown := [name for name in names if name not in grid.ROWS]:
         raise ResultError(f"--rows: expected some of {', '.join(grid.ROWS)}, got {', '.join(unknown)}")
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise ResultError(f"--seeds: expected numbers with commas, as in 0,1,2, got {options.seeds!r}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
+    for flag, given in (("rows", names), ("seeds", seeds)):
+        if len(set(given)) < len(given):
+            raise ResultError(f"--{flag}: expected each once, got {','.join(map(str, given))}")
     if options.jobs < 1:
         raise ResultError(f"--jobs: expected 1 or more, got {options.jobs}")
     options.bases = _bases(options.bases, seeds)
@@ -331,15 +390,23 @@ def _run(options: argparse.Namespace) -> list[str]:
     return failed
 
 
-def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, str] | None:
+def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, Base] | None:
+    """What the runs of each seed start from.
+
+    Raises:
+      ResultError, CheckpointError: not one Hugging Face directory for each seed.
+    """
     if text is None:
         return None
-    bases = text.split(",")
-    if len(bases) != len(seeds):
-        raise ResultError(f"--bases: expected one checkpoint for each of {len(seeds)} seeds, got {len(bases)}")
-    if missing := [base for base in bases if not Path(base).is_dir()]:
-        raise ResultError(f"--bases: expected folders of checkpoints, found none at {', '.join(missing)}")
-    return dict(zip(seeds, bases))
+    from pvm_jax.checkpoint import checksum, open_checkpoint  # and with it JAX, which nothing else here needs
+
+    paths = text.split(",")
+    if len(paths) != len(seeds) or not all(paths):
+        raise ResultError(f"--bases: expected one checkpoint for each of {len(seeds)} seeds, got {text!r}")
+    for path in paths:
+        if (kind := open_checkpoint(path).kind) != "hf":
+            raise ResultError(f"--bases: {path}: expected a Hugging Face directory (convert to_hf), got a {kind} one")
+    return {seed: Base(path, checksum(path)) for seed, path in zip(seeds, paths)}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The record of a grid of ablations: which runs are made, and whether another one may stand beside them."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -11,9 +12,17 @@ from typing import Any
 from pvm_jax.analysis.ablation_tables import draw, markdown
 from pvm_jax.evals.results import ResultError, write_whole
 
-RUN, DATA = "<run>", "<data>"
-"""What stands for the folders of a run and of the data in commands that are compared."""
+RUN, DATA, BASE = "<run>", "<data>", "<base>"
+"""What stands for the folders of a run, of the data and of a run's own base in commands that are compared."""
 Commands = Mapping[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A checkpoint that runs start from; `checksum` as `pvm_jax.checkpoint.checksum` has it."""
+
+    path: str
+    checksum: str
 
 
 def run_key(row: str, seed: int) -> str:
@@ -41,29 +50,37 @@ class Book:
         self,
         row: str,
         config: Mapping[str, Any] | None,
-        commands: Callable[[int], Commands | None],
+        commands: Callable[[int, str | None], Commands],
         conditions: Callable[[], Mapping[str, Any]],
+        bases: Mapping[int, Base] | None = None,
     ) -> None:
         """Refuses a row that has runs of another kind.
 
         Args:
-          commands: of the row with a seed, with RUN and DATA for the folders; None: not compared.
+          commands: of the row with a seed and a base (BASE, or None for the grid's own), with RUN and DATA for the
+            folders.
           conditions: as in a run's entry; asked for if there is one.
+          bases: of the runs to come, by seed; None: the grid's own.
         """
         if row not in self.rows:
             return
         self._compare(row, "configuration", self.rows[row]["config"] or {}, config or {})
-        for name_and_seed, run in self.runs.items():
-            name, _, seed = name_and_seed.rpartition("/")
-            if name != row or (here := commands(int(seed))) is None:
+        for name, run in self.runs.items():
+            if name.rpartition("/")[0] != row:
                 continue
+            seed, base = int(name.rpartition("/")[2]), run.get("base")
+            if (base is None) != (bases is None):
+                kinds = {False: "the grid's own base", True: "a base for each seed"}
+                self._refuse(row, "kind of base", kinds[base is not None], kinds[bases is not None])
+            if bases and seed in bases and base["checksum"] != bases[seed].checksum:
+                self._refuse(row, "base", base["path"], bases[seed].path, f"seed {seed}: ")
+            here = commands(seed, base and BASE)
             if differ := difference([shlex.split(line) for line in run["commands"]], here):
                 self._refuse(row, "command", *differ)
             if "conditions" not in run:
                 raise ResultError(
-                    f"{self.path}: run {name_and_seed!r} was recorded without `conditions` (dtype, device, "
-                    "evaluation), so that nothing can be compared with it; delete it there to have it run again, or "
-                    "name another --out"
+                    f"{self.path}: run {name!r} was recorded without `conditions` (dtype, device, evaluation), so that "
+                    "nothing can be compared with it; delete it there to have it run again, or name another --out"
                 )
             self._compare(row, "setting", run["conditions"], conditions())
 
@@ -79,6 +96,8 @@ class Book:
         )
 
     def add(self, row: str, seed: int, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
+        there = Book(self.path)  # another grid may have added to it meanwhile
+        self.rows, self.runs = there.rows | self.rows, there.runs | self.runs
         self.rows[row] = {"title": title, "config": config}
         self.runs[run_key(row, seed)] = dict(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +105,8 @@ class Book:
 
     def tables(self, order: Sequence[str]) -> str:
         """The table, with the rows in this order; written beside the JSON file, as the picture is."""
-        rows = [name for name in order if name in self.rows]
+        with_runs = {key.rpartition("/")[0] for key in self.runs}
+        rows = [name for name in order if name in self.rows and name in with_runs]
         text = markdown({name: self.rows[name]["title"] for name in rows}, self.runs)
         write_whole(self.path.with_suffix(".md"), [text + "\n"])
         draw({name: self.rows[name]["title"] for name in rows}, self.runs, self.path.with_suffix(".png"))
@@ -96,7 +116,7 @@ class Book:
 def difference(there: Sequence[Sequence[str]], here: Commands) -> tuple[str | None, str | None] | None:
     """The first argument that is not the same, as it was there and is here; None if all are.
 
-    RUN and DATA in `here` stand for any folder that is the same throughout `there`.
+    RUN, DATA and BASE in `here` stand for any folder that is the same throughout `there`.
     """
     folders: dict[str, str] = {}
     for old, new in itertools.zip_longest(itertools.chain(*there), itertools.chain(*here.values())):
@@ -105,7 +125,8 @@ def difference(there: Sequence[Sequence[str]], here: Commands) -> tuple[str | No
         known = new
         for mark, folder in folders.items():
             known = known.replace(mark, folder)
-        if found := re.fullmatch(re.escape(known).replace(RUN, "(?P<run>.+)").replace(DATA, "(?P<data>.+)"), old):
+        pattern = re.sub("<(run|data|base)>", r"(?P<\1>.+)", re.escape(known))
+        if found := re.fullmatch(pattern, old):
             folders |= {f"<{name}>": folder for name, folder in found.groupdict().items()}
         else:
             return old, known

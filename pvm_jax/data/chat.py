@@ -11,6 +11,7 @@ All assistant turns are learned, except where `"loss": False` stands in a messag
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -162,6 +163,7 @@ class Chat:
         turns = [self._protect_message(message, marks) for message in messages]
         variables = {name: self._protect(value, marks.broken) for name, value in variables.items()}
 
+        @functools.cache  # the last answer's turns are the whole conversation
         def text(count: int, prompt: bool) -> str:
             return self._apply(turns[:count], prompt, variables, where)
 
