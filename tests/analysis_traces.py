@@ -27,7 +27,7 @@ def text(answer: list[str], pictures: tuple[Picture, ...], name: str = "first") 
     columns = np.arange(PROMPT + visual, len(pieces), dtype=np.int32)
     return Text(
         name=name,
-        ids=np.arange(len(pieces), dtype=np.int32) % VOCAB,
+        ids=np.where(index < 0, np.cumsum(index < 0) - 1, VOCAB - 1).astype(np.int32) % VOCAB,
         pieces=pieces,
         visual_index=index,
         columns=columns,

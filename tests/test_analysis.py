@@ -377,7 +377,7 @@ def test_memory_is_linear_in_the_length(small_checkpoint, processor):
     """By the compiled program's own account, and no array of any of the programs has two axes as long as the text."""
     graph, params = nnx.split(load_model(small_checkpoint, scan=True))
     sizes = []
-    for length in (2064, 4128):
+    for length in (2064, 16512):
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), processor([SAMPLES["image"]], length=length)
         )
@@ -389,8 +389,8 @@ def test_memory_is_linear_in_the_length(small_checkpoint, processor):
             assert f"x{length}x" in lowered.as_text() and not re.search(rf"{length}x(\d+x)*{length}", lowered.as_text())
         memory = passing.compile().memory_analysis()
         sizes.append(memory.temp_size_in_bytes + memory.argument_size_in_bytes)
-    assert sizes[1] < 2.05 * sizes[0], sizes
-    assert sizes[1] < 4128 * WINDOW * 4 * 4 * 8, sizes  # a few times one layer's scores of four heads
+    assert sizes[1] < 8.2 * sizes[0], sizes
+    assert sizes[1] < 16512 * WINDOW * 4 * 4 * 8, sizes  # a few times one layer's scores of four heads
 
 
 def test_fit(traces):

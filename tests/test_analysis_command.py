@@ -209,6 +209,9 @@ def test_everything_is_read_before_the_first_model_is_loaded(small_checkpoint, d
 
 
 def test_a_checkpoint_that_is_none(tmp_path, data, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--checkpoint=", f"--data={data}", f"--out={tmp_path / 'out'}"])
+    assert "--checkpoint: expected a directory, got ''" in capsys.readouterr().err
     assert command.main([f"--checkpoint={tmp_path / 'none'}", f"--data={data}", f"--out={tmp_path / 'out'}"]) == 1
     assert "none: expected a model directory, found nothing" in capsys.readouterr().err
 

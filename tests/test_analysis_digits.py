@@ -174,6 +174,12 @@ def test_what_cannot_be_used(written, data, tmp_path, capsys):
     sentence = complaint(f"--data={tmp_path / 'rows.jsonl'}", f"--out={tmp_path / 'out'}")
     assert "expected metadata with `cells` and `digit_spans`, got []" in sentence
     shutil.copytree(data, tmp_path / "data")
+    assert "--limit: expected at least 1, got 0" in complaint(f"--data={data}", "--limit=0", f"--out={tmp_path / 'o'}")
+    shutil.copytree(BASE, tmp_path / "small")
+    limits = tmp_path / "small/preprocessor_config.json"
+    limits.write_text(limits.read_text().replace("1048576", str(96 * 96)))
+    sentence = complaint(f"--data={data}", f"--out={tmp_path / 'o'}", f"--model=small={tmp_path / 'small'}")
+    assert "row 0: expected one image of 6 x 6 visual tokens, one for each cell, got 3 x 3; does the" in sentence
     assert "nowhere" in complaint(f"--data={data}", f"--out={tmp_path / 'o'}", "--model=x=nowhere")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()

@@ -187,6 +187,15 @@ def test_each_run_has_its_own_grid():
     assert measures.caveats([three[0], three[2]], 0) == []
 
 
+def test_answers_of_different_length_do_not_compare():
+    picture = made.picture("image 1", 0, 2, 2)
+    texts = [made.text(made.words(count), (picture,)) for count in (40, 90)]
+    short, long = (made.run(name, [made.trace(text, 0)]) for name, text in zip("ab", texts))
+    (caveat,) = measures.caveats([short, long], 0)
+    assert caveat.startswith("first: the runs wrote different answers (a 40 tokens, b 90 tokens), and Ω_V falls with")
+    assert measures.caveats([short, dataclasses.replace(short, name="b")], 0) == []
+
+
 def test_without_maps_there_are_curves():
     both = runs()
     plain = [dataclasses.replace(r, traces=[dataclasses.replace(t, maps=None) for t in r.traces]) for r in both]

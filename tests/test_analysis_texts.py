@@ -213,7 +213,7 @@ def test_the_interval_allows_for_autocorrelation():
             range(50, 60),
             [0.1] * 10,
             "an answer during which the text before it grows 4-fold, here it grows from 50 to 59 tokens; "
-            "continue the answer to 200",
+            "continue the answer until 200 stand before its last token",
         ),
         ([1, 2, 100], [0.1] * 3, "tokens in at least 6 of 8 equal parts of log t, here they are in 3"),
         (range(1, 100), [0.1] * 98 + [0.0], "attention on the image at every token, here it is 0 at 1 of 99"),

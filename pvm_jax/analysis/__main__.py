@@ -99,6 +99,8 @@ def plan(options: argparse.Namespace) -> list[Plan]:
       AnalysisError, CheckpointError: flags or directories that do not fit.
     """
     paths = [path for given in options.checkpoint for path in given.split(",") if path]
+    if not paths:
+        raise AnalysisError(f"--checkpoint: expected a directory, got {options.checkpoint[0]!r}")
     names = options.names.split(",") if options.names else _folders(paths)
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise AnalysisError(f"--names: expected a different name for each of {len(paths)} checkpoints, got {names}")

@@ -78,7 +78,7 @@ def _cell(shares: Sequence[Share]) -> str:
 
 
 def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """A PNG: late reads of every row, each seed a dot, the mean with its interval; open, with the backbone blind."""
+    """A PNG: late reads of every row, each seed a dot, the mean with its interval; orange: the backbone is blind."""
     import matplotlib
 
     matplotlib.use("Agg")

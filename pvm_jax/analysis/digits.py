@@ -35,6 +35,7 @@ from pvm_jax.analysis.results import AnalysisError, Text, Trace
 from pvm_jax.analysis.texts import Source
 from pvm_jax.analysis.tracing import trace
 from pvm_jax.checkpoint import load_model, open_checkpoint
+from pvm_jax.data.digits_task import GRID
 from pvm_jax.data.packing import shift_answers
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.sources import open_source
@@ -82,7 +83,7 @@ def samples(processor: Processor, data: str, split: str, limit: int) -> list[Sam
 
     Raises:
       DataError: there is no such data.
-      AnalysisError: a row without what only digits have.
+      AnalysisError: a row without what only digits have, or an image that the processor gives another size.
     """
     rows = open_source(data, split=split)
     found = []
@@ -95,6 +96,12 @@ def samples(processor: Processor, data: str, split: str, limit: int) -> list[Sam
                 "is this a digits data set?"
             )
         (source,) = texts.read(processor, [row])
+        grids = [(picture.rows, picture.columns) for picture in source.text.pictures]
+        if grids != [(GRID, GRID)]:  # a cell's number would be another visual token's
+            raise AnalysisError(
+                f"{rows.describe(i)}: expected one image of {GRID} x {GRID} visual tokens, one for each cell, got "
+                f"{', '.join(f'{r} x {c}' for r, c in grids) or 'none'}; does the checkpoint limit the size of images?"
+            )
         reads = _places(source.text, [end for _, end in about["digit_spans"]], rows.describe(i))
         found.append(Sample(source, reads, np.array(about["cells"])))
     return found
@@ -358,6 +365,8 @@ def run(data: str, given: Sequence[str], limit: int, out: Path) -> str:
       AnalysisError, CheckpointError, DataError: what was given cannot be used.
     """
     models = _models(given)
+    if limit < 1:
+        raise AnalysisError(f"--limit: expected at least 1, got {limit}")
     figures.check()
     files.check(out)
     for path in itertools.chain(*models.values()):  # all of them before the first is measured

@@ -80,7 +80,7 @@ def fit_power_law(t: np.ndarray, y: np.ndarray) -> PowerLaw:
     if not last >= MIN_SPAN * first > 0:
         raise AnalysisError(
             f"a power law needs an answer during which the text before it grows {MIN_SPAN:g}-fold, here it grows from "
-            f"{first:g} to {last:g} tokens; continue the answer to {MIN_SPAN * first:g}"
+            f"{first:g} to {last:g} tokens; continue the answer until {MIN_SPAN * first:g} stand before its last token"
         )
     blind = int(np.sum(~(np.asarray(y) > 0)))
     if blind:

@@ -154,15 +154,24 @@ HEADER = (
 def caveats(runs: Sequence[Run], sample: int) -> list[str]:
     """Sentences about what keeps the runs of a sample from being compared."""
     traces = [(run.name, run.traces[sample]) for run in runs]
-    sizes = {name: trace.text.visual_tokens for name, trace in traces}
-    if len(set(sizes.values())) < 2:
-        return []
     text = traces[0][1].text.name
-    said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-    return [
-        f"{text}: the runs have different numbers of visual tokens ({said}), so that their Ω_V and TVR do not compare; "
-        "give all of them the same --min_pixels and --max_pixels, for videos --video_min_pixels and --video_max_pixels."
-    ]
+    found = []
+    sizes = {name: trace.text.visual_tokens for name, trace in traces}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        found.append(
+            f"{text}: the runs have different numbers of visual tokens ({said}), so that their Ω_V and TVR do not "
+            "compare; give all of them the same --min_pixels and --max_pixels, for videos --video_min_pixels and "
+            "--video_max_pixels."
+        )
+    answers = {name: tuple(trace.text.ids[trace.text.columns]) for name, trace in traces}
+    if len(set(answers.values())) > 1:
+        said = ", ".join(f"{name} {len(answer):,} tokens" for name, answer in answers.items())
+        found.append(
+            f"{text}: the runs wrote different answers ({said}), and Ω_V falls with the length of an answer; to "
+            "compare them, give one answer in the data."
+        )
+    return found
 
 
 def attributed(runs: Sequence[Run], said: Sequence[Sequence[str]]) -> list[str]:
