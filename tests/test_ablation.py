@@ -483,6 +483,32 @@ def test_what_each_row_trains_and_changes(rows):
     assert "\n".join(lines) + "\n" == (ROOT / "tests/golden/ablation.txt").read_text()
 
 
+def test_the_tables_in_the_docs_are_the_record(rows):
+    """docs/ablation.md and docs/analysis.md have every row that is recorded, README.md some of them."""
+    book = json.loads((ROOT / "docs/ablation.json").read_text())
+    titles = {name: book["rows"][name]["title"] for name in rows.ROWS if name in book["rows"]}
+    assert titles == {name: rows.ROWS[name][0] for name in titles}
+    whole = markdown(titles, book["runs"])
+    assert (ROOT / "docs/ablation.md").read_text() == whole + "\n"
+    recorded = {cells[1]: cells for cells in map(_cells, whole.splitlines()[2:])}
+    trains, seeds, late, blind, short, middle, long = 2, 3, 4, 6, 7, 9, 10
+    for file, columns in (
+        ("docs/analysis.md", (trains, seeds, late, blind, short, middle, long)),
+        ("README.md", (trains, late, blind)),
+    ):
+        table = re.search(r"^\|[^\n]*\| trains \|[^\n]*\n\|[ -|]*\n((\|[^\n]*\n)+)", (ROOT / file).read_text(), re.M)[1]
+        shown = [_cells(line) for line in table.splitlines()]
+        assert len(shown) >= 7
+        for title, *cells in shown:
+            assert cells == [recorded[title][i] for i in columns], f"{file}: {title}"
+        if file == "docs/analysis.md":
+            assert [title for title, *_ in shown] == list(titles.values())
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_a_row_by_the_real_commands(tmp_path, monkeypatch):
     """Conversion, four steps with shifted positions, evaluation; as on a newcomer's machine, one device."""
     small = {

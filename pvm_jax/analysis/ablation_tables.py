@@ -97,8 +97,8 @@ def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: 
             values = [share["right"] / share["count"] for share in shares]
             axes.plot(values, [y + shift] * len(values), ".", color=color, markersize=3, alpha=0.5)
     axes.axvline(0.1, color="#bbbbbb", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(titles)), list(titles.values()), fontsize=8)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(titles)), [title.replace("`", "") for title in titles.values()], fontsize=8)
+    axes.set_ylim(len(titles) - 0.5, -0.7)
     axes.set(xlabel="digits read correctly late in the longest answers (chance: 0.1)", xlim=(0, 1.03))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.8 / (1 + len(titles))), ncols=2)
