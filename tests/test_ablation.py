@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from flax import nnx
 
 from pvm_jax import convert
 from pvm_jax.analysis import ablation
+from pvm_jax.analysis import ablation_jobs as jobs
 from pvm_jax.analysis.ablation_tables import markdown, numbers, over_seeds, pooled
 from pvm_jax.cli import leaves
 from pvm_jax.config import ModelConfig
@@ -44,7 +46,8 @@ open(pathlib.Path(sys.argv[1]).parent / "converted.txt", "a").write(" ".join(["m
 TRAIN = """
 import os, sys, pathlib, time
 folder = pathlib.Path(sys.argv[1])
-(folder / "cores.txt").write_text(" ".join(map(str, os.sched_getaffinity(0))) + "\\\\n" + os.environ["GLIBC_TUNABLES"])
+cores = getattr(os, "sched_getaffinity", lambda _: [])(0)
+(folder / "cores.txt").write_text(" ".join(map(str, cores)) + "\\\\n" + os.environ["GLIBC_TUNABLES"])
 give_up = time.monotonic() + 20
 while (folder.parent / "together").exists() and len(list(folder.parent.glob("*/cores.txt"))) < 2:
     time.sleep(0.01)
@@ -122,6 +125,7 @@ def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     assert not list((tmp_path / "runs").glob("*/train/checkpoints"))
 
 
+@pytest.mark.skipif(jobs.own_cores() < 2 or not hasattr(os, "sched_getaffinity"), reason="binds to one of two cores")
 def test_jobs_run_together_each_on_cores_of_its_own(grid, tmp_path, monkeypatch):
     """Each run waits for the other one."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -134,7 +138,7 @@ def test_jobs_run_together_each_on_cores_of_its_own(grid, tmp_path, monkeypatch)
     lines = [(tmp_path / f"runs/a-{seed}/cores.txt").read_text().splitlines() for seed in (0, 1)]
     first, second = ({int(core) for core in cores.split()} for cores, _ in lines)
     assert len(first) == len(second) == len(before) // 2 and not first & second and first | second <= before
-    assert {allocator for _, allocator in lines} == {ablation.ALLOCATOR}
+    assert {allocator for _, allocator in lines} == {jobs.ALLOCATOR}
     cores = [run["cores"] for run in json.loads((tmp_path / "out/grid.json").read_text())["runs"].values()]
     assert cores == [len(first), len(second)]
 
@@ -146,7 +150,34 @@ def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path,
     monkeypatch.setattr(ablation.Book, "tables", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grid("--rows=a", "--seeds=0,1,2,3,4,5")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
     assert len(done(tmp_path)) <= 2, "the one that was done, and the one that had begun meanwhile"
+    with jobs.locked(tmp_path / "runs/lock", "--runs"):
+        pass
+
+
+def test_a_command_ends_with_its_grid(tmp_path):
+    """By SIGTERM, so that it can save; and none is begun any more."""
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved', flush=True)))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(60)"
+    )
+    stopped, log = threading.Event(), tmp_path / "log"
+
+    def stop_when_begun():
+        while not log.exists() or "begun" not in log.read_text():
+            time.sleep(0.01)
+        stopped.set()
+
+    threading.Thread(target=stop_when_begun, daemon=True).start()
+    with pytest.raises(jobs.Stopped):
+        jobs.call(["-c", code], log, {}, stopped=stopped)
+    assert log.read_text() == "begun\nsaved\n"
+    with pytest.raises(jobs.Stopped):
+        jobs.call(["-c", code], tmp_path / "other", {}, stopped=stopped)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +202,18 @@ def test_each_seed_on_a_base_of_its_own(grid, tmp_path, bases):
     assert runs["a/0"]["base"]["checksum"] != runs["a/1"]["base"]["checksum"]
     assert [name[:3] for name in done(tmp_path)] == ["a-0", "a-1"]
     moved = shutil.copytree(second, tmp_path / "moved")
-    grid("--seeds=1,2", f"--bases={moved},{first}")
-    assert len(done(tmp_path)) == 3, "what is recorded counts wherever its base lies now"
-    with pytest.raises(SystemExit, match=rf"another base \(seed 0: there '{first}', here '{second}'\); name another"):
+    grid("--seeds=1", f"--bases={moved}")
+    assert len(done(tmp_path)) == 2, "what is recorded counts wherever its base lies now"
+    with pytest.raises(
+        SystemExit, match=rf"another base \(there 'seed 0 on {first} \(\w+\)', here 'seed 0 on {second} "
+    ):
         grid("--seeds=0,1", f"--bases={second},{first}")
+    with pytest.raises(
+        SystemExit, match=rf"another base \(there 'seed 0 on {first} \(\w+\)', here 'seed 2 on {first} "
+    ):
+        grid("--seeds=2", f"--bases={first}")
+    with pytest.raises(SystemExit, match="--bases: expected another base for each seed, got the same weights twice"):
+        grid("--seeds=2,3", f"--bases={second},{moved}")
 
 
 def test_bases_are_not_mixed(grid, bases):
@@ -190,14 +229,17 @@ def test_bases_are_not_mixed(grid, bases):
 
 def test_two_grids_do_not_share_a_folder_of_runs(grid, tmp_path):
     """Nor does one with a command that a killed one has left behind: the folder is held until that ends."""
-    with ablation.locked(tmp_path / "runs"), pytest.raises(SystemExit, match="another grid, or a command that one has"):
+    with (
+        jobs.locked(tmp_path / "runs/lock", "--runs"),
+        pytest.raises(SystemExit, match="another grid, or a command that one has"),
+    ):
         grid("--seeds=0")
     linger = "import subprocess; print(subprocess.Popen(['sleep', '60'], close_fds=False).pid, flush=True)"
     run = ablation.Run("a", 0, tmp_path / "run", {"train": ["python", "-c", linger]})
-    with ablation.locked(tmp_path / "runs") as lock:
+    with jobs.locked(tmp_path / "runs/lock", "--runs") as lock:
         run.do({}, lock)
     try:
-        with pytest.raises(SystemExit, match="works there; wait for it, or name another folder"):
+        with pytest.raises(SystemExit, match="works there; wait for it, or name another place"):
             grid("--seeds=0")
     finally:
         os.kill(int((tmp_path / "run/train.log").read_text()), signal.SIGKILL)
@@ -209,18 +251,13 @@ def test_two_grids_do_not_share_a_folder_of_runs(grid, tmp_path):
     assert done(tmp_path) == ["a-0 train"]
 
 
-def test_grids_with_one_record_add_to_it(grid, tmp_path, monkeypatch):
-    add = ablation.Book.add
-
-    def meanwhile(book, *given):
-        if not book.runs:
-            add(ablation.Book(book.path), "other", 7, "other", None, {"trainable": 1, "numbers": {}})
-        add(book, *given)
-
-    monkeypatch.setattr(ablation.Book, "add", meanwhile)
-    monkeypatch.setattr(ablation.Book, "tables", lambda *_: "")
-    grid("--rows=a", "--seeds=0")
-    assert sorted(json.loads((tmp_path / "out/grid.json").read_text())["runs"]) == ["a/0", "other/7"]
+def test_two_grids_do_not_share_a_record(grid, tmp_path):
+    with (
+        jobs.locked(tmp_path / "out/.grid.json.lock", "--out"),
+        pytest.raises(SystemExit, match=r"--out=.*grid.json: another grid, or a command"),
+    ):
+        grid("--seeds=0")
+    assert not (tmp_path / "runs/a-0").exists()
 
 
 def test_a_full_disk_ends_the_grid_with_a_sentence(grid, tmp_path, monkeypatch):
@@ -231,6 +268,15 @@ def test_a_full_disk_ends_the_grid_with_a_sentence(grid, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"the first: a/0: seconds.json could not be written \(No space left on devic"):
         grid("--rows=a", "--seeds=0,1,2,3,4,5")
     assert len(done(tmp_path)) <= 2, "the one that failed, and the one that had begun meanwhile"
+
+
+def test_a_disk_that_is_full_for_a_command_ends_the_grid(grid, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/broken").touch()
+    monkeypatch.setattr(ablation, "_last", lambda _: "x could not be written (No space left on device); free some")
+    with pytest.raises(SystemExit, match=r"5 runs failed; the first: a/0: train ended with status 1: x could not be"):
+        grid("--rows=a", "--seeds=0,1,2,3,4")
+    assert len(done(tmp_path)) <= 2 and "No space left" in capsys.readouterr().out
 
 
 def test_a_row_whose_runs_were_deleted_is_left_out(grid, tmp_path):

@@ -15,7 +15,8 @@ picture (.png), drawn again after every run.
 
 Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
 and the folders), another evaluation, on another kind of device, or on a base where the others have another, is refused.
-The number of cores, over which sums are divided, changes a few answers of a run; it is recorded and not compared.
+The number of cores, over which sums are divided, changes a few answers of a run, and so may XLA_FLAGS; they are
+recorded and not compared.
 
 A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)},
 `get_config(argument, data)`, `commands(name, seed, run, data, smoke, base)`, {"convert", "train", "eval": arguments}
@@ -24,7 +25,6 @@ A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, 
 
 import argparse
 import dataclasses
-import fcntl
 import functools
 import importlib.util
 import json
@@ -36,14 +36,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pvm_jax import cli
 from pvm_jax.analysis.ablation_book import DATA, RUN, Base, Book, Commands, run_key
+from pvm_jax.analysis.ablation_jobs import ALLOCATOR, bind, call, is_full, locked, own_cores, shares_of_cores
 from pvm_jax.analysis.ablation_tables import numbers
 from pvm_jax.evals.results import ResultError, read_result, versions, write_whole
 from pvm_jax.model_files import check_writable
@@ -51,12 +52,6 @@ from pvm_jax.model_files import check_writable
 FREE = re.compile(r"(^|\.)(seed|path)$")
 """Keys that differ from run to run of a row."""
 OUT = Path("docs/ablation.json")
-# XLA:CPU asks for its temporary buffers anew in every step. glibc would hand them back to the system each time, and
-# clearing fresh pages of 4 KiB then is a quarter of a step of the tiny model: keep them, in large pages.
-ALLOCATOR = ":".join(
-    f"glibc.malloc.{name}"
-    for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=17179869184", "top_pad=268435456", "arena_max=1")
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +72,19 @@ class Run:
     def key(self) -> str:
         return run_key(self.row, self.seed)
 
-    def do(self, environment: Mapping[str, str], lock: int | None = None) -> dict[str, float | None]:
+    def do(
+        self, environment: Mapping[str, str], lock: int | None = None, stopped: threading.Event | None = None
+    ) -> dict[str, float | None]:
         """Runs what is left to do; seconds by command, of all attempts together.
 
         None where that is not known: an attempt was killed together with this process.
 
         Args:
-          lock: a file descriptor that the commands keep open, see `locked`.
+          lock, stopped: see `ablation_jobs.call`.
 
         Raises:
           ResultError: a command failed; the message has its last line.
+          Stopped: see `ablation_jobs.call`.
         """
         made = self.folder / "start.txt"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -99,15 +97,7 @@ class Run:
                 self._forget()  # a start by other options, and what was trained from it
             before, began, log = seconds[name], time.monotonic(), self.folder / f"{name}.log"
             self._keep(seconds | {name: None})
-            with log.open("w", encoding="utf-8") as file:
-                argv = [sys.executable, *arguments[1:]]
-                status = subprocess.run(
-                    argv,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=environment,
-                    pass_fds=() if lock is None else (lock,),
-                ).returncode
+            status = call(arguments[1:], log, environment, lock, stopped)
             seconds[name] = None if before is None else round(before + time.monotonic() - began, 3)
             self._keep(seconds)
             if status:
@@ -135,7 +125,7 @@ class Run:
             "commands": [shlex.join(arguments) for arguments in self.commands.values()],
             "conditions": conditions | _of_evaluation({part: result["options"] for part, result in evals.items()}),
             "seconds": dict(seconds),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": own_cores(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "trainable": self._trainable(),
             "versions": versions(),
@@ -224,9 +214,14 @@ def configuration(grid: Any, run: Run, data: str, smoke: bool) -> dict[str, Any]
     return {key: value for key, value in flat.items() if not FREE.search(key)}
 
 
-def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namespace) -> list[str]:
-    """Does the runs that are not recorded; messages of those that failed."""
+def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namespace, lock: int) -> list[str]:
+    """Does the runs that are not recorded; messages of those that failed or, on a full disk, were not begun.
+
+    Args:
+      lock: see `ablation_jobs.locked`.
+    """
     smoke = options.smoke
+    book.check_bases(options.bases or {})
     configs = {run.row: configuration(grid, run, options.data, smoke) for run in planned}
     for row, config in configs.items():
 
@@ -242,14 +237,14 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
         if run.key not in book.runs and ("train" in run.commands or run.base or run.row not in known)
     ]
     print(f"{len(planned)} runs, {len(planned) - len(left)} of them recorded in {book.path}", flush=True)
-    cores = shares_of_cores(options.jobs)
-    cache = str((options.runs / "xla").absolute())
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache, "GLIBC_TUNABLES": ALLOCATOR, **os.environ}
-    failed, began = [], time.monotonic()
+    cores = shares_of_cores(options.jobs, device()[0] if options.jobs > 1 else "cpu")
+    failed, began, stopped = [], time.monotonic(), threading.Event()
 
-    def do(run: Run, lock: int) -> dict[str, Any]:
+    def do(run: Run) -> dict[str, Any]:
         print(f"{run.key} ...", flush=True)
-        return run.result(run.do(environment, lock))
+        cache = str((options.runs / f"xla-{own_cores()}").absolute())  # a program is compiled for a number of cores
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache, "GLIBC_TUNABLES": ALLOCATOR, **os.environ}
+        return run.result(run.do(environment, lock, stopped))
 
     def keep(run: Run, result: Mapping[str, Any], number: int) -> None:
         book.add(run.row, run.seed, grid.ROWS[run.row][0], configs[run.row], result)
@@ -264,68 +259,27 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
             flush=True,
         )
 
-    pool = ThreadPoolExecutor(options.jobs, initializer=lambda: _bind(cores.pop()))
-    with locked(options.runs) as lock:
-        futures = {pool.submit(do, run, lock): run for run in left}
-        try:
-            for number, future in enumerate(as_completed(futures), 1):
-                try:
-                    keep(futures[future], future.result(), number)
-                except CancelledError:
-                    pass
-                except (ResultError, OSError) as error:
-                    failed.append(f"{futures[future].key}: {cli.sentence(error) or error}")
-                    print(f"[{number}/{len(left)}] {failed[-1]}", flush=True)
-                    if isinstance(error, OSError):  # a full disk: nothing else is begun, what runs is waited for
-                        for waiting in futures:
-                            waiting.cancel()
-        finally:  # after Ctrl-C, too
-            pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(options.jobs, initializer=lambda: bind(cores.pop()))
+    try:
+        futures = {pool.submit(do, run): run for run in left}
+        for number, future in enumerate(as_completed(futures), 1):
+            run = futures[future]
+            try:
+                keep(run, future.result(), number)
+            except CancelledError:
+                failed.append(f"{run.key}: not begun")
+            except (ResultError, OSError) as error:
+                failed.append(f"{run.key}: {cli.sentence(error) or error}")
+                print(f"[{number}/{len(left)}] {failed[-1]}", flush=True)
+                if is_full(error):  # nothing else is begun, what runs is waited for
+                    for waiting in futures:
+                        waiting.cancel()
+    except BaseException:  # Ctrl-C, a bug: what runs is ended, and can go on later
+        stopped.set()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
-
-
-@contextmanager
-def locked(runs: Path) -> Iterator[int]:
-    """Holds the folder of the runs; so do the commands that get the file descriptor, even when this process is killed.
-
-    Raises:
-      ResultError: another grid, or a command that one has left behind, works there.
-    """
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / "lock").open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResultError(
-                f"--runs={runs}: another grid, or a command that one has left behind, works there; wait for it, or "
-                "name another folder"
-            ) from None
-        yield file.fileno()
-
-
-def shares_of_cores(jobs: int) -> list[set[int] | None]:
-    """As many cores of this process for each of the jobs; None: any, for one job or where a system cannot bind.
-
-    Raises:
-      ResultError: there are fewer cores than jobs, or what computes is not the CPU.
-    """
-    if jobs == 1:
-        return [None]
-    if (platform := device()[0]) != "cpu":
-        raise ResultError(f"--jobs: expected 1 where runs compute on one and the same {platform}, got {jobs}")
-    if not hasattr(os, "sched_getaffinity"):  # macOS
-        return [None] * jobs
-    cores = sorted(os.sched_getaffinity(0))
-    if jobs > len(cores):
-        raise ResultError(f"--jobs: expected at most one run for each of the {len(cores)} cores here, got {jobs}")
-    each = len(cores) // jobs
-    return [set(cores[job * each : (job + 1) * each]) for job in range(jobs)]
-
-
-def _bind(cores: set[int] | None) -> None:
-    """Binds the calling thread, and with it the processes that it starts."""
-    if cores is not None:
-        os.sched_setaffinity(threading.get_native_id(), cores)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -381,12 +335,16 @@ def _run(options: argparse.Namespace) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
         raise ResultError("the picture needs matplotlib, which is not installed; pip install -e '.[demo]'")
     check_writable(options.out.parent)
-    book = Book(options.out)
-    failed = [] if options.tables else work(grid, planned, book, options)
-    if not book.runs and not failed:
-        raise ResultError(f"{options.out}: expected recorded runs, found none")
-    if book.runs:
-        print(book.tables(list(grid.ROWS)))
+    with ExitStack() as held:
+        held.enter_context(locked(options.out.with_name(f".{options.out.name}.lock"), f"--out={options.out}"))
+        if not options.tables:
+            lock = held.enter_context(locked(options.runs / "lock", f"--runs={options.runs}"))
+        book = Book(options.out)
+        failed = [] if options.tables else work(grid, planned, book, options, lock)
+        if not book.runs and not failed:
+            raise ResultError(f"{options.out}: expected recorded runs, found none")
+        if book.runs:
+            print(book.tables(list(grid.ROWS)))
     return failed
 
 
@@ -406,7 +364,10 @@ def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, Base] | None:
     for path in paths:
         if (kind := open_checkpoint(path).kind) != "hf":
             raise ResultError(f"--bases: {path}: expected a Hugging Face directory (convert to_hf), got a {kind} one")
-    return {seed: Base(path, checksum(path)) for seed, path in zip(seeds, paths)}
+    bases = {seed: Base(path, checksum(path)) for seed, path in zip(seeds, paths)}
+    if len({base.checksum for base in bases.values()}) < len(bases):
+        raise ResultError(f"--bases: expected another base for each seed, got the same weights twice in {text}")
+    return bases
 
 
 if __name__ == "__main__":

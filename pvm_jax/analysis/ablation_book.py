@@ -24,6 +24,9 @@ class Base:
     path: str
     checksum: str
 
+    def __str__(self) -> str:
+        return f"{self.path} ({self.checksum[:8]})"
+
 
 def run_key(row: str, seed: int) -> str:
     """The name of a run in the record."""
@@ -72,8 +75,6 @@ class Book:
             if (base is None) != (bases is None):
                 kinds = {False: "the grid's own base", True: "a base for each seed"}
                 self._refuse(row, "kind of base", kinds[base is not None], kinds[bases is not None])
-            if bases and seed in bases and base["checksum"] != bases[seed].checksum:
-                self._refuse(row, "base", base["path"], bases[seed].path, f"seed {seed}: ")
             here = commands(seed, base and BASE)
             if differ := difference([shlex.split(line) for line in run["commands"]], here):
                 self._refuse(row, "command", *differ)
@@ -83,6 +84,15 @@ class Book:
                     "nothing can be compared with it; delete it there to have it run again, or name another --out"
                 )
             self._compare(row, "setting", run["conditions"], conditions())
+
+    def check_bases(self, bases: Mapping[int, Base]) -> None:
+        """Refuses a seed on another base than in the record, and a base of the record with another seed."""
+        for name, run in self.runs.items():
+            row, _, seed = name.rpartition("/")
+            for other, base in bases.items() if "base" in run else ():
+                if (int(seed) == other) != (run["base"]["checksum"] == base.checksum):
+                    there = Base(**run["base"])
+                    self._refuse(row, "base", f"seed {seed} on {there}", f"seed {other} on {base}")
 
     def _compare(self, row: str, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
         for key in sorted(there.keys() | here.keys()):
@@ -96,8 +106,6 @@ class Book:
         )
 
     def add(self, row: str, seed: int, title: str, config: Mapping[str, Any] | None, result: Mapping[str, Any]) -> None:
-        there = Book(self.path)  # another grid may have added to it meanwhile
-        self.rows, self.runs = there.rows | self.rows, there.runs | self.runs
         self.rows[row] = {"title": title, "config": config}
         self.runs[run_key(row, seed)] = dict(result)
         self.path.parent.mkdir(parents=True, exist_ok=True)

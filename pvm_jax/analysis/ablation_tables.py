@@ -1,7 +1,8 @@
 """The numbers of a grid of ablations: what is kept of an evaluation, means over seeds, a table and a picture.
 
-Two intervals, both of 95 %: over seeds (Student's t, of the mean of a row's runs; seeds differ in initial values and in
-the order of the data, the base is one), and pooled (Wilson's, all answers of all seeds as if independent).
+Two intervals, both of 95 %: over seeds (Student's t, of the mean of a row's runs; seeds differ in initial values, in
+the order of the data and, if each has its own, in the base), and pooled (Wilson's, all answers of all seeds as if
+independent).
 """
 
 from collections.abc import Mapping, Sequence
