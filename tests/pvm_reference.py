@@ -102,7 +102,7 @@ class PVMQwen3VL(Qwen3VLForConditionalGeneration):
     def _remember(self, module, args, kwargs) -> None:
         embeds, visual = kwargs["inputs_embeds"], kwargs.get("visual_pos_masks")
         assert embeds.shape[0] == 1, "the reference takes one sample at a time"
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # the name until transformers 5.23
         past = cache.get_seq_length() if cache is not None else 0
         self.columns = past + torch.arange(embeds.shape[1])
         self.is_visual = torch.zeros(embeds.shape[1], dtype=torch.bool) if visual is None else visual[0]
