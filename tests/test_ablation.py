@@ -150,7 +150,7 @@ def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path,
     monkeypatch.setattr(ablation.Book, "tables", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grid("--rows=a", "--seeds=0,1,2,3,4,5")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPool")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ablation")]
     assert len(done(tmp_path)) <= 2, "the one that was done, and the one that had begun meanwhile"
     with jobs.locked(tmp_path / "runs/lock", "--runs"):
         pass

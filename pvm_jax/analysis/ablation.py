@@ -259,7 +259,7 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
             flush=True,
         )
 
-    pool = ThreadPoolExecutor(options.jobs, initializer=lambda: bind(cores.pop()))
+    pool = ThreadPoolExecutor(options.jobs, "ablation", initializer=lambda: bind(cores.pop()))
     try:
         futures = {pool.submit(do, run): run for run in left}
         for number, future in enumerate(as_completed(futures), 1):
