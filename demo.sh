@@ -7,9 +7,9 @@ RUNS=${RUNS:-runs/demo}
 SEED=${SEED:-0}
 BASE=assets/digits_base
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$RUNS/xla}
-# Memory of one step is kept for the next, in large pages (pvm_jax/analysis/ablation_jobs.py, ALLOCATOR, says why).
-keep=hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.$keep:glibc.malloc.arena_max=1}
+# Memory of one step is kept for the next, in large pages; the module says why.
+allocator=$($PYTHON -c "from pvm_jax.analysis.ablation_jobs import ALLOCATOR; print(ALLOCATOR)")
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-$allocator}
 
 step() { printf '\n=== %s (%d s) ===\n' "$1" "$SECONDS"; }
 

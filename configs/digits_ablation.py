@@ -1,6 +1,6 @@
 """What matters for PVM on the tiny digits model: a grid of adapters, recipes and data, one row each.
 
-Launch, from the repository's root (again to go on; a run that was killed on the way starts over):
+Launch, from the repository's root (again to go on; a run that was killed starts over, one stopped by Ctrl-C goes on):
     python -m pvm_jax.data.prepare_digits runs/data --configs=demo,long
     python -m pvm_jax.analysis.ablation --seeds=0,1,2 --jobs=2 --runs=runs/ablation --out=docs/ablation.json
 One row by hand, here `lora_all` with seed 0; rows of PVM are converted first, `--print` shows every row's commands:

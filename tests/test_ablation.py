@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -46,6 +47,14 @@ open(pathlib.Path(sys.argv[1]).parent / "converted.txt", "a").write(" ".join(["m
 TRAIN = """
 import os, sys, pathlib, time
 folder = pathlib.Path(sys.argv[1])
+if (folder.parent / "slow").exists():
+    def save(*_):
+        (folder.parent / "saved").touch()
+        sys.exit(75)
+    import signal
+    signal.signal(signal.SIGTERM, save)
+    (folder.parent / "slow").unlink()
+    time.sleep(60)
 cores = getattr(os, "sched_getaffinity", lambda _: [])(0)
 (folder / "cores.txt").write_text(" ".join(map(str, cores)) + "\\\\n" + os.environ["GLIBC_TUNABLES"])
 give_up = time.monotonic() + 20
@@ -148,12 +157,35 @@ def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ablation.Book, "tables", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
         grid("--rows=a", "--seeds=0,1,2,3,4,5")
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ablation")]
     assert len(done(tmp_path)) <= 2, "the one that was done, and the one that had begun meanwhile"
     with jobs.locked(tmp_path / "runs/lock", "--runs"):
         pass
+
+
+def test_ctrl_c_in_a_terminal_lets_a_command_save(grid, tmp_path):
+    """A terminal sends SIGINT to all of a process group."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "slow").touch()
+    arguments = ["--grid=stand_in", "--rows=a", "--seeds=0,1", f"--runs={runs}", f"--out={tmp_path / 'out/grid.json'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pvm_jax.analysis.ablation", *arguments],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while (runs / "slow").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and error == "stopped; the same command goes on from here\n"
+    assert (runs / "saved").exists() and not (runs / "done.txt").exists() and not (runs / "a-1").exists()
+    grid("--rows=a", "--seeds=0,1")
+    assert done(tmp_path) == ["a-0 train", "a-1 train"]
 
 
 def test_a_command_ends_with_its_grid(tmp_path):

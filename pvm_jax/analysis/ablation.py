@@ -10,8 +10,8 @@ A run is one row with one seed. Its commands (convert, train.py, eval.py) run as
 its numbers, commands and seconds then go into one JSON file, and its checkpoints are deleted. With --jobs=N so many
 runs are made at a time, each bound to its share of the cores: on a CPU two runs on a core each take less time than one
 after the other on both. Started again, the grid goes on with the runs that are not recorded, those that were begun from
-their last checkpoint, or from their beginning where they have none. Beside the JSON file lie the table (.md) and the
-picture (.png), drawn again after every run.
+their last checkpoint (Ctrl-C has train.py save one), or from their beginning where they have none. Beside the JSON file
+lie the table (.md) and the picture (.png), drawn again after every run.
 
 Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
 and the folders), another evaluation, on another kind of device, or on a base where the others have another, is refused.
@@ -304,6 +304,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if message is None:
             raise
         sys.exit(f"error: {message}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
     if failed:
         sys.exit(f"error: {len(failed)} runs failed; the first: {failed[0]}")
 

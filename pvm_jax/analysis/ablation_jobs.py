@@ -34,6 +34,8 @@ def call(
 ) -> int:
     """Runs Python with these arguments and returns its exit status; what it prints goes into the file `log`.
 
+    It is in a process group of its own: a terminal's Ctrl-C reaches the grid alone, which then ends it by SIGTERM.
+
     Args:
       lock: a file descriptor that it keeps open, see `locked`.
       stopped: ends it with a SIGTERM, which train.py answers by saving, when this is set.
@@ -51,6 +53,7 @@ def call(
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=() if lock is None else (lock,),
+            process_group=0,
         )
     while (status := process.poll()) is None:
         if stopped.wait(_POLL_SECONDS):
@@ -60,8 +63,8 @@ def call(
     return status
 
 
-def is_full(error: Exception | str) -> bool:
-    """Whether a message is that of a full disk; nothing else would succeed there either."""
+def is_full(error: Exception) -> bool:
+    """Whether it tells of a full disk, perhaps in the words of a command; nothing else would succeed there either."""
     return any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
 
 
