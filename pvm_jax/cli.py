@@ -101,6 +101,8 @@ def plug_in(module: str, key: str, error: type[ValueError]) -> ModuleType:
       error: there is no such module. One that is there and imports something that is not raises as ever: a sentence
         about the configuration would mislead.
     """
+    if not re.fullmatch(r"\w+(\.\w+)*", module):
+        raise error(f"{key}: expected a Python module, got {module!r}")
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as missing:

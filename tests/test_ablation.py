@@ -23,7 +23,9 @@ from flax import nnx
 from pvm_jax import convert
 from pvm_jax.analysis import ablation
 from pvm_jax.analysis import ablation_jobs as jobs
+from pvm_jax.analysis.ablation_book import DATA, RUN, Base, Book
 from pvm_jax.analysis.ablation_tables import markdown, numbers, over_seeds, pooled
+from pvm_jax.checkpoint import checksum
 from pvm_jax.cli import leaves
 from pvm_jax.config import ModelConfig
 from pvm_jax.data import digits
@@ -34,9 +36,12 @@ from pvm_jax.training.setup import add_lora
 
 ROOT = Path(__file__).parents[1]
 
+BASE = checksum(ROOT / "assets/digits_base")
+
 # Two rows whose "training" takes no time: results depend on row and seed, and each command leaves a line behind.
 STAND_IN = '''
 import json, types
+BASE = "@base"
 ROWS = {"base": ("nothing",), "a": ("something",)}
 RATE = 0.1
 CONVERT = """
@@ -101,7 +106,7 @@ def commands(name, seed, run, data, smoke, base):
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
     """`grid(*arguments)` runs the stand-ins in `tmp_path`."""
-    (tmp_path / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+    (tmp_path / "stand_in.py").write_text(textwrap.dedent(STAND_IN).replace("@base", str(ROOT / "assets/digits_base")))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "stand_in", raising=False)
     files = [f"--runs={tmp_path / 'runs'}", f"--out={tmp_path / 'out' / 'grid.json'}"]
@@ -124,7 +129,7 @@ def test_a_grid_is_run_once_and_goes_on(grid, tmp_path, capsys):
     assert run["trainable"] == 1234 and run["numbers"]["reads_late"] == {"right": 94, "count": 100}
     assert all(command.startswith("python -c") for command in run["commands"]) and run["versions"]["jax"]
     assert run["conditions"] == {"dtype": "float32", "device": "cpu", "evaluation.late.samples": 16,
-                                 "evaluation.short.samples": 16}  # fmt: skip
+                                 "evaluation.short.samples": 16, "base": BASE}  # fmt: skip
     shown = capsys.readouterr().out
     assert "3 runs, 2 of them recorded" in shown and "[1/1] a/2: convert" in shown
     table = (tmp_path / "out/grid.md").read_text()
@@ -165,8 +170,9 @@ def test_what_has_not_begun_does_not_begin_after_an_interruption(grid, tmp_path,
         pass
 
 
-def test_ctrl_c_in_a_terminal_lets_a_command_save(grid, tmp_path):
-    """A terminal sends SIGINT to all of a process group."""
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_grid_lets_its_command_save(grid, tmp_path, end):
+    """As a terminal does, which sends SIGINT to all of a process group, and as schedulers do, by SIGTERM."""
     runs = tmp_path / "runs"
     runs.mkdir()
     (runs / "slow").touch()
@@ -180,7 +186,7 @@ def test_ctrl_c_in_a_terminal_lets_a_command_save(grid, tmp_path):
     )
     while (runs / "slow").exists() and process.poll() is None:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and error == "stopped; the same command goes on from here\n"
     assert (runs / "saved").exists() and not (runs / "done.txt").exists() and not (runs / "a-1").exists()
@@ -321,6 +327,16 @@ def test_a_row_whose_runs_were_deleted_is_left_out(grid, tmp_path):
     assert "`a`" not in (tmp_path / "out/grid.md").read_text()
 
 
+def test_the_record_of_another_grid_is_left_alone(grid, tmp_path, monkeypatch):
+    grid("--seeds=0")
+    before = (tmp_path / "out/grid.md").read_text()
+    monkeypatch.setattr(sys.modules["stand_in"], "ROWS", {"b": ("another",)})
+    for arguments in (["--tables"], ["--seeds=1"]):
+        with pytest.raises(SystemExit, match=r"grid.json: expected rows of stand_in, found a, base; it is another gri"):
+            grid(*arguments)
+    assert (tmp_path / "out/grid.md").read_text() == before
+
+
 def test_jobs_are_for_cpus(grid, monkeypatch):
     monkeypatch.setattr(ablation, "device", lambda: ("gpu", "NVIDIA H100"))
     monkeypatch.setattr(ablation.Book, "check", lambda *_: None)
@@ -357,14 +373,15 @@ def test_a_row_of_another_configuration_is_refused(grid, tmp_path):
         ({"RATHER": ["wide"]}, (), "row 'a' was recorded with another command (there 'python', here 'wide')"),
         ({"SAMPLES": 8}, (), "row 'a' was recorded with another setting (evaluation.late.samples: there 16, here 8)"),
         ({"DTYPE": "bfloat16"}, (), "recorded with another setting (dtype: there 'float32', here 'bfloat16')"),
+        ({"BASE": "second"}, (), f"recorded with another setting (base: there '{BASE}', here '"),
         ({}, ("--smoke",), "row 'a' was recorded with another command (there None, here 'smoke')"),
         ({}, ("--runs=elsewhere", "--data=other"), None),
     ],
 )
-def test_runs_that_do_not_compare_are_refused(grid, tmp_path, monkeypatch, change, arguments, message):
+def test_runs_that_do_not_compare_are_refused(grid, tmp_path, monkeypatch, bases, change, arguments, message):
     grid("--rows=a", "--seeds=0")
     for name, value in change.items():
-        monkeypatch.setattr(sys.modules["stand_in"], name, value)
+        monkeypatch.setattr(sys.modules["stand_in"], name, bases[1] if name == "BASE" else value)
     monkeypatch.chdir(tmp_path)
     if message is None:
         grid("--rows=a", "--seeds=0", *arguments)
@@ -394,7 +411,7 @@ def test_another_device_is_refused_and_so_is_a_record_without_one(grid, tmp_path
     grid("--rows=a", "--seeds=0")
 
 
-def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch):
+def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch, bases):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/broken").touch()
     for options in ([], [], ["wide"]):
@@ -404,10 +421,14 @@ def test_a_conversion_by_other_options_is_not_taken(grid, tmp_path, monkeypatch)
     with pytest.raises(SystemExit, match="no room left"):
         grid("--rows=a", "--seeds=0")
     assert (tmp_path / "runs/converted.txt").read_text() == "made\nmade wide\n"
+    monkeypatch.setattr(sys.modules["stand_in"], "BASE", bases[1])
+    with pytest.raises(SystemExit, match="no room left"):
+        grid("--rows=a", "--seeds=0")
+    assert (tmp_path / "runs/converted.txt").read_text() == "made\nmade wide\nmade wide\n", "from another base"
     (tmp_path / "runs/a-0/start.txt").unlink()
     (tmp_path / "runs/broken").unlink()
     grid("--rows=a", "--seeds=0")
-    assert (tmp_path / "runs/converted.txt").read_text() == "made\nmade wide\nmade wide\n", "of unknown options"
+    assert (tmp_path / "runs/converted.txt").read_text() == "made\n" + 3 * "made wide\n", "of unknown options"
 
 
 def test_seconds_are_those_of_all_attempts_or_unknown(grid, tmp_path):
@@ -445,7 +466,9 @@ def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--rows=a,b", "--rows: expected some of base, a, got b"),
+        ("--rows=a,b", "--rows: expected some of base, a, got 'b'"),
+        ("--rows=", "--rows: expected some of base, a, got ''"),
+        ("--grid=", "--grid: expected a Python module, got ''"),
         ("--seeds=0;1", "--seeds: expected numbers with commas, as in 0,1,2, got '0;1'"),
         ("--grid=no_such_grid", "--grid: expected a Python module, got 'no_such_grid'"),
         ("--tables", "grid.json: expected recorded runs, found none"),
@@ -456,7 +479,7 @@ def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
         ("--bases=x,y,z", "x: expected a model directory, found nothing"),
         ("--seeds=0,1,0", "--seeds: expected each once, got 0,1,0"),
         ("--rows=a,a", "--rows: expected each once, got a,a"),
-        ("--grid=json", "--grid: expected a module with ROWS, as configs.digits_ablation, got json"),
+        ("--grid=json", "--grid: expected a module with ROWS and BASE, as configs.digits_ablation, got json"),
     ],
 )
 def test_mistakes_are_one_sentence(grid, argument, message):
@@ -561,26 +584,64 @@ def test_what_each_row_trains_and_changes(rows):
     assert "\n".join(lines) + "\n" == (ROOT / "tests/golden/ablation.txt").read_text()
 
 
-def test_the_tables_in_the_docs_are_the_record(rows):
-    """docs/ablation.md and docs/analysis.md have every row that is recorded, README.md some of them."""
-    book = json.loads((ROOT / "docs/ablation.json").read_text())
+@pytest.mark.parametrize("record", ["ablation", "ablation_bases"])
+def test_the_record_is_of_today_s_rows(rows, record, monkeypatch):
+    """Configurations and commands as they are recorded are those that the grid has now."""
+    monkeypatch.chdir(ROOT)
+    book = Book(ROOT / f"docs/{record}.json")
+    assert len(book.rows) >= 6
+    for name in book.rows:
+        (one, *_) = [run for key, run in book.runs.items() if key.rpartition("/")[0] == name]
+        bases = {0: Base(**one["base"])} if "base" in one else None
+        (run,) = ablation.plan(rows, [name], [0], Path("runs"), "runs/data", False, bases)
+        here = ablation.conditions(rows, False) | ({} if bases else {"base": BASE})
+        book.check(
+            name,
+            ablation.configuration(rows, run, "runs/data", False),
+            lambda seed, base, name=name: rows.commands(name, seed, RUN, DATA, False, base),
+            lambda here=here: here,
+            bases,
+        )
+
+
+def test_commands_are_printed(rows, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    ablation.main(["--rows=slots,lora_mlp", "--seeds=2", "--print"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "# slots/2: learned slots instead of the image" and shown[4].startswith("# lora_mlp/2: ")
+    recorded = json.loads((ROOT / "docs/ablation.json").read_text())["runs"]
+    here = [line.replace("runs/ablation-a/", "runs/ablation/") for line in recorded["slots/2"]["commands"]]
+    assert shown[1:4] == here and len(shown) == 7
+
+
+TRAINS, SEEDS, LATE, BLIND, SHORT, MIDDLE, LONG = 2, 3, 4, 6, 7, 9, 10
+"""Columns of the whole table."""
+
+
+@pytest.mark.parametrize(
+    "record, file, header, columns",
+    [
+        ("ablation", "docs/analysis.md", "| row | trains | seeds |", (TRAINS, SEEDS, LATE, BLIND, SHORT, MIDDLE, LONG)),
+        ("ablation", "README.md", "| | trains | reads late |", (TRAINS, LATE, BLIND)),
+        ("ablation_bases", "docs/analysis.md", "| row, three bases |", (SEEDS, LATE, BLIND, SHORT, MIDDLE, LONG)),
+    ],
+)
+def test_the_tables_in_the_docs_are_the_record(rows, record, file, header, columns):
+    """docs/*.md of a record and docs/analysis.md have every row that is recorded, README.md some of them."""
+    book = json.loads((ROOT / f"docs/{record}.json").read_text())
     titles = {name: book["rows"][name]["title"] for name in rows.ROWS if name in book["rows"]}
     assert titles == {name: rows.ROWS[name][0] for name in titles}
     whole = markdown(titles, book["runs"])
-    assert (ROOT / "docs/ablation.md").read_text() == whole + "\n"
+    assert (ROOT / f"docs/{record}.md").read_text() == whole + "\n"
     recorded = {cells[1]: cells for cells in map(_cells, whole.splitlines()[2:])}
-    trains, seeds, late, blind, short, middle, long = 2, 3, 4, 6, 7, 9, 10
-    for file, columns in (
-        ("docs/analysis.md", (trains, seeds, late, blind, short, middle, long)),
-        ("README.md", (trains, late, blind)),
-    ):
-        table = re.search(r"^\|[^\n]*\| trains \|[^\n]*\n\|[ -|]*\n((\|[^\n]*\n)+)", (ROOT / file).read_text(), re.M)[1]
-        shown = [_cells(line) for line in table.splitlines()]
-        assert len(shown) >= 7
-        for title, *cells in shown:
-            assert cells == [recorded[title][i] for i in columns], f"{file}: {title}"
-        if file == "docs/analysis.md":
-            assert [title for title, *_ in shown] == list(titles.values())
+    text = (ROOT / file).read_text()
+    table = re.search(rf"^{re.escape(header)}[^\n]*\n\|[ -|]*\n((\|[^\n]*\n)+)", text, re.M)[1]
+    shown = [_cells(line) for line in table.splitlines()]
+    assert len(shown) >= 6
+    for title, *cells in shown:
+        assert cells == [recorded[title][i] for i in columns], f"{file}: {title}"
+    if file == "docs/analysis.md":
+        assert [title for title, *_ in shown] == list(titles.values())
 
 
 def _cells(line: str) -> list[str]:

@@ -4,6 +4,7 @@ Tolerances: 1e-5 absolute on masses, maps and probabilities (matmul precision "h
 """
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -76,29 +77,25 @@ def oracle_model(pvm_checkpoint):
     return pvm_reference.load(pvm_checkpoint)
 
 
+@torch.no_grad()
+def compute(torch_model, checkpoint, name: str, at: np.ndarray) -> Expected:
+    torch_model.model.rope_deltas = None
+    inputs = oracle.inputs(checkpoint, SAMPLES[name])
+    out = torch_model(**inputs, output_attentions=True, output_hidden_states=True)
+    language = torch_model.model.language_model
+    seen = (torch_model.memory_columns[None] <= torch_model.columns[:, None]).numpy()[at]
+    return Expected(
+        attention=np.stack([layer[0].numpy() for layer in out.attentions])[:, :, at],
+        hidden=torch.stack([layer[0] for layer in out.hidden_states[1:]])[:, at],
+        residual={i: language.layers[i].residual[0] for i in tiny.PVM_LAYERS},
+        memory=torch_model.memory,
+        visible=seen if torch_model.causal_memory else np.ones_like(seen),
+    )
+
+
 @pytest.fixture(scope="module")
 def expected(pvm_checkpoint, oracle_model, traces):
-    made = {}
-
-    @torch.no_grad()
-    def get(name: str) -> Expected:
-        if name not in made:
-            torch_model = oracle_model
-            torch_model.model.rope_deltas = None
-            inputs = oracle.inputs(pvm_checkpoint, SAMPLES[name])
-            out = torch_model(**inputs, output_attentions=True, output_hidden_states=True)
-            at = traces[name].text.columns - 1
-            language = torch_model.model.language_model
-            made[name] = Expected(
-                attention=np.stack([layer[0].numpy() for layer in out.attentions])[:, :, at],
-                hidden=torch.stack([layer[0] for layer in out.hidden_states[1:]])[:, at],
-                residual={i: language.layers[i].residual[0] for i in tiny.PVM_LAYERS},
-                memory=torch_model.memory,
-                visible=(torch_model.memory_columns[None] <= torch_model.columns[:, None]).numpy()[at],
-            )
-        return made[name]
-
-    return get
+    return functools.cache(lambda name: compute(oracle_model, pvm_checkpoint, name, traces[name].text.columns - 1))
 
 
 # ------------------------------------------------------------------------------------- self-attention
@@ -159,18 +156,32 @@ def retrieval(block, h: torch.Tensor, memory: torch.Tensor, visible: torch.Tenso
     return torch.nan_to_num(scores.masked_fill(~visible, -torch.inf).softmax(-1)).numpy()
 
 
-@pytest.mark.parametrize("name", WITH_IMAGES)
-def test_retrieval_is_that_of_the_equations(traces, expected, oracle_model, name):
-    got, want = traces[name], expected(name)
+def check_retrieval(got, want: Expected, torch_model) -> None:
     assert got.pvm_layers == tiny.PVM_LAYERS
     for p, i in enumerate(got.pvm_layers):
-        block = oracle_model.model.language_model.layers[i].pvm_block
+        block = torch_model.model.language_model.layers[i].pvm_block
         at = torch.from_numpy(got.text.columns - 1).long()
         weights = retrieval(block, want.residual[i][at], want.memory, torch.from_numpy(want.visible))
         np.testing.assert_allclose(got.maps.retrieval[p], weights, atol=CLOSE, rtol=0)
         entropy = -np.sum(np.where(weights > 0, weights * np.log(np.maximum(weights, 1e-30)), 0), axis=-1)
         np.testing.assert_allclose(got.dilution.pvm_entropy[p], entropy, atol=10 * CLOSE, rtol=0)
     np.testing.assert_array_equal(got.dilution.pvm_choices, want.visible.sum(axis=-1))
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_retrieval_is_that_of_the_equations(traces, expected, oracle_model, name):
+    check_retrieval(traces[name], expected(name), oracle_model)
+
+
+def test_retrieval_through_the_release_s_memory_mask(checkpoints, processor, expected):
+    """With `all`, also from the image of a later turn."""
+    checkpoint = checkpoints(pvm_layers=tiny.PVM_LAYERS, memory_mask="all")
+    sources = texts.read(processor, [SAMPLES["turns"]])
+    (got,) = trace(load_model(checkpoint, scan=True), sources, heads=True, lens=False, window=WINDOW)
+    torch_model = pvm_reference.load(checkpoint)
+    want = compute(torch_model, checkpoint, "turns", got.text.columns - 1)
+    check_retrieval(got, want, torch_model)
+    assert got.maps.retrieval[..., ~expected("turns").visible].max() > 0.1, "what `causal` hides"
 
 
 def test_the_share_of_pvm(traces, expected, oracle_model):
@@ -199,7 +210,7 @@ def test_retrieval_adds_up_to_one_over_what_the_mask_shows(traces, expected):
 
 
 def test_appended_text_changes_no_retrieval(model, processor, traces):
-    """Theorem 4.1 in a whole model: what a token retrieves does not depend, to the bit, on how the text goes on."""
+    """In a whole model: what a token retrieves does not depend, to the bit, on how the text goes on."""
     question, answer = SAMPLES["two_images"]["messages"][:-1], SAMPLES["two_images"]["messages"][-1]["content"]
     longer = {"messages": [*question, tiny.assistant(answer + " and then" + tiny.text(50, 12))]}
     before = traces["two_images"]
@@ -214,7 +225,10 @@ def test_appended_text_changes_no_retrieval(model, processor, traces):
 
 
 def test_a_fixed_query_retrieves_the_same_however_long_the_text(model):
-    """Theorem 4.1 as the paper states it: the query is held, the text before it grows. The contrast: self-attention."""
+    """Theorem 4.1 as the paper states it: the query is held, the text before it grows. The contrast: self-attention.
+
+    Exactly, in one compiled shape: a shorter text has padding before it.
+    """
     layer = unstack(model.text.layers["4"])
     block, attn = layer.pvm_block, layer.self_attn
     rng = np.random.default_rng(0)
@@ -222,26 +236,32 @@ def test_a_fixed_query_retrieves_the_same_however_long_the_text(model):
     memory = block.project(jnp.asarray(image))
 
     @jax.jit
-    def retrieve(h):
-        seen = jnp.ones((1, h.shape[1]), bool)
-        return block(h, memory, jnp.broadcast_to(seen[..., None], (*seen.shape, 7)), seen)[0, -1]
+    def retrieve(h, real):
+        """Its weights on the image [N,7], and what the branch adds [D]."""
+        visible = jnp.broadcast_to(real[..., None], (*real.shape, 7))
+        weights = attention_weights(block.queries(h), memory[0], visible)
+        return weights[0, -1], block(h, memory, visible, real)[0, -1]
 
     @jax.jit
-    def attend(h):
+    def attend(h, real):
         """Its weights on the image [N,7], without rotation, so that nothing but the number of keys changes."""
-        seen, mask = {}, jnp.tril(jnp.ones((1, h.shape[1], h.shape[1]), bool))
+        seen, mask = {}, jnp.tril(jnp.ones((1, h.shape[1], h.shape[1]), bool)) & real[:, None]
         cos = jnp.ones((1, h.shape[1], attn.q_norm.shape[-1] // 2))
         attn(h, Context(cos, 0 * cos, mask, mask[:, -1], None, None, seen.update), None)
         return attention_weights(seen["queries"][:, -1:], seen["keys"], mask[:, -1:])[0, 0, :, :7]
 
-    def looked(text: int) -> tuple[np.ndarray, np.ndarray]:
-        h = np.concatenate([rng.normal(size=(1, text, 64)).astype(np.float32), query], axis=1)
-        return np.asarray(retrieve(h)), np.asarray(attend(np.concatenate([image, h], axis=1)))
+    def looked(text: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        h = np.concatenate([rng.normal(size=(1, 900, 64)).astype(np.float32), query], axis=1)
+        real = np.arange(901)[None] >= 900 - text
+        with_image = np.concatenate([np.ones((1, 7), bool), real], axis=1)
+        found = *retrieve(h, real), attend(np.concatenate([image, h], axis=1), with_image)
+        return tuple(map(np.asarray, found))
 
-    (short, near), (other, _), (long, far) = looked(40), looked(40), looked(900)
-    np.testing.assert_array_equal(other, short)
-    np.testing.assert_allclose(long, short, atol=1e-6, rtol=0)
-    assert np.abs(short).max() > 0.1
+    (short, added, near), *others, (long, also, far) = looked(40), looked(40), looked(300), looked(900)
+    for weights, branch in ((long, also), *((weights, branch) for weights, branch, _ in others)):
+        np.testing.assert_array_equal(weights, short)
+        np.testing.assert_array_equal(branch, added)
+    assert np.abs(added).max() > 0.1 and short.max() > 0.2
     assert (far.sum(axis=-1) < 0.2 * near.sum(axis=-1)).all() and near.sum(axis=-1).min() > 0.02
 
 

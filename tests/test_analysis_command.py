@@ -80,6 +80,19 @@ def test_what_it_prints_is_what_it_writes(both):
     assert data["measured"]["tiny"]["checksum"] and not data["measured"]["tiny"]["pvm_silenced"]
 
 
+def test_its_page_in_a_browser(both, browser):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.set_window_size(1280, 1000)
+    browser.get((both[0] / "index.html").as_uri())
+    canvas = "return document.querySelector('.run canvas').toDataURL()"
+    before = browser.execute_script(canvas)
+    browser.find_element("css selector", ".run .text").send_keys(Keys.END)
+    assert "token 71 of 71" in browser.find_element("css selector", "#position").text
+    assert browser.execute_script(canvas) != before
+    assert browser.get_log("browser") == []
+
+
 def test_given_written_and_silenced(both):
     out, _, _, _ = both
     tiny_run, silent = json.loads((out / "analysis.json").read_text())["runs"]

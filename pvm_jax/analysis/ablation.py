@@ -10,17 +10,18 @@ A run is one row with one seed. Its commands (convert, train.py, eval.py) run as
 its numbers, commands and seconds then go into one JSON file, and its checkpoints are deleted. With --jobs=N so many
 runs are made at a time, each bound to its share of the cores: on a CPU two runs on a core each take less time than one
 after the other on both. Started again, the grid goes on with the runs that are not recorded, those that were begun from
-their last checkpoint (Ctrl-C has train.py save one), or from their beginning where they have none. Beside the JSON file
-lie the table (.md) and the picture (.png), drawn again after every run.
+their last checkpoint (Ctrl-C and SIGTERM have train.py save one), or from their beginning where they have none. Beside
+the JSON file lie the table (.md) and the picture (.png), drawn again after every run.
 
 Runs of one row are comparable: a grid that would add one with another configuration, other commands (but for the seed
-and the folders), another evaluation, on another kind of device, or on a base where the others have another, is refused.
-The number of cores, over which sums are divided, changes a few answers of a run, and so may XLA_FLAGS; they are
-recorded and not compared.
+and the folders), another evaluation, on another kind of device, or on another base, is refused, and so is a record with
+rows that the grid does not have. The number of cores, over which sums are divided, changes a few answers of a run, and
+so may XLA_FLAGS; they are recorded and not compared.
 
-A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)},
-`get_config(argument, data)`, `commands(name, seed, run, data, smoke, base)`, {"convert", "train", "eval": arguments}
-(`base` None: the grid's own), and `evaluation(smoke)`, the configuration of eval.py.
+A grid is a Python module (--grid, `configs.digits_ablation` is one) with ROWS, {name: (title, and what it likes)};
+BASE, the checkpoint that runs start from; `get_config(argument, data)`; `commands(name, seed, run, data, smoke, base)`,
+which gives {"convert", "train", "eval": arguments} (`base` None: BASE); and `evaluation(smoke)`, the configuration of
+eval.py, with the evaluations `late` and `short`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -60,6 +62,7 @@ class Run:
 
     Attributes:
       base: what it starts from; None: the grid's own base.
+      own: the checksum of that.
     """
 
     row: str
@@ -67,6 +70,7 @@ class Run:
     folder: Path
     commands: Commands
     base: Base | None = None
+    own: str | None = None
 
     @property
     def key(self) -> str:
@@ -86,15 +90,16 @@ class Run:
           ResultError: a command failed; the message has its last line.
           Stopped: see `ablation_jobs.call`.
         """
-        made = self.folder / "start.txt"
+        made, from_what = self.folder / "start.txt", self.base.checksum if self.base else self.own
         self.folder.mkdir(parents=True, exist_ok=True)
         seconds = self._seconds()
         for name, arguments in self.commands.items():
             if name == "convert":
+                wanted = f"{shlex.join(arguments)}\n{from_what}\n"
                 known = (self.folder / "start").exists() and made.exists()
-                if known and made.read_text(encoding="utf-8") == shlex.join(arguments):
+                if known and made.read_text(encoding="utf-8") == wanted:
                     continue  # it appears as a whole or not at all; train.py itself goes on with its last checkpoint
-                self._forget()  # a start by other options, and what was trained from it
+                self._forget()  # a start by other options or from another base, and what was trained from it
             before, began, log = seconds[name], time.monotonic(), self.folder / f"{name}.log"
             self._keep(seconds | {name: None})
             status = call(arguments[1:], log, environment, lock, stopped)
@@ -103,7 +108,7 @@ class Run:
             if status:
                 raise ResultError(f"{name} ended with status {status}: {_last(log)} (all of it: {log})")
             if name == "convert":
-                write_whole(made, [shlex.join(arguments)])
+                write_whole(made, [wanted])
         return seconds
 
     def _seconds(self) -> dict[str, float | None]:
@@ -121,6 +126,7 @@ class Run:
         evals = {part: read_result(self.folder / "eval" / f"{part}.json") for part in ("late", "short")}
         about = evals["late"]
         conditions = {"dtype": about["dtype"], "device": about["devices"].partition(" ")[2]}  # "8 cpu": eight of them
+        conditions |= {} if self.base else {"base": self.own}
         return {
             "commands": [shlex.join(arguments) for arguments in self.commands.values()],
             "conditions": conditions | _of_evaluation({part: result["options"] for part, result in evals.items()}),
@@ -220,7 +226,11 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
     Args:
       lock: see `ablation_jobs.locked`.
     """
+    from pvm_jax.checkpoint import checksum  # and with it JAX
+
     smoke = options.smoke
+    own = None if options.bases else checksum(grid.BASE)
+    here = {} if options.bases else {"base": own}
     book.check_bases(options.bases or {})
     configs = {run.row: configuration(grid, run, options.data, smoke) for run in planned}
     for row, config in configs.items():
@@ -228,11 +238,11 @@ def work(grid: Any, planned: Sequence[Run], book: Book, options: argparse.Namesp
         def commands(seed: int, base: str | None, row: str = row) -> Commands:
             return grid.commands(row, seed, RUN, DATA, smoke, base)
 
-        book.check(row, config, commands, lambda: conditions(grid, smoke), options.bases)
+        book.check(row, config, commands, lambda: conditions(grid, smoke) | here, options.bases)
     # On one base, what is not trained is recorded with any seed.
     known = {key.rpartition("/")[0] for key in book.runs}
     left = [
-        run
+        dataclasses.replace(run, own=own)
         for run in planned
         if run.key not in book.runs and ("train" in run.commands or run.base or run.row not in known)
     ]
@@ -312,11 +322,13 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(options: argparse.Namespace) -> list[str]:
     grid = cli.plug_in(options.grid, "--grid", ResultError)
-    if not hasattr(grid, "ROWS"):
-        raise ResultError(f"--grid: expected a module with ROWS, as configs.digits_ablation, got {options.grid}")
-    names = options.rows.split(",") if options.rows else list(grid.ROWS)
+    if lacks := [name for name in ("ROWS", "BASE") if not hasattr(grid, name)]:
+        raise ResultError(
+            f"--grid: expected a module with {' and '.join(lacks)}, as configs.digits_ablation, got {options.grid}"
+        )
+    names = list(grid.ROWS) if options.rows is None else options.rows.split(",")
     if unknown := [name for name in names if name not in grid.ROWS]:
-        raise ResultError(f"--rows: expected some of {', '.join(grid.ROWS)}, got {', '.join(unknown)}")
+        raise ResultError(f"--rows: expected some of {', '.join(grid.ROWS)}, got {', '.join(map(repr, unknown))}")
     if not re.fullmatch(r"\d+(,\d+)*", options.seeds):
         raise ResultError(f"--seeds: expected numbers with commas, as in 0,1,2, got {options.seeds!r}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -342,6 +354,11 @@ def _run(options: argparse.Namespace) -> list[str]:
         if not options.tables:
             lock = held.enter_context(locked(options.runs / "lock", f"--runs={options.runs}"))
         book = Book(options.out)
+        if unknown := book.rows.keys() - grid.ROWS.keys():
+            raise ResultError(
+                f"{options.out}: expected rows of {options.grid}, found {', '.join(sorted(unknown))}; it is another "
+                "grid's record; name another --out"
+            )
         failed = [] if options.tables else work(grid, planned, book, options, lock)
         if not book.runs and not failed:
             raise ResultError(f"{options.out}: expected recorded runs, found none")
@@ -358,7 +375,7 @@ def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, Base] | None:
     """
     if text is None:
         return None
-    from pvm_jax.checkpoint import checksum, open_checkpoint  # and with it JAX, which nothing else here needs
+    from pvm_jax.checkpoint import checksum, open_checkpoint  # and with it JAX
 
     paths = text.split(",")
     if len(paths) != len(seeds) or not all(paths):
@@ -373,4 +390,5 @@ def _bases(text: str | None, seeds: Sequence[int]) -> dict[int, Base] | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: commands save and end
     main()

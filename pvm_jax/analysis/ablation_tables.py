@@ -79,7 +79,7 @@ def _cell(shares: Sequence[Share]) -> str:
 
 
 def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: Path) -> None:
-    """A PNG: late reads of every row, each seed a dot, the mean with its interval; orange: the backbone is blind."""
+    """A PNG: late reads of every row, each seed a tick, the mean with its interval; orange: the backbone is blind."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -94,9 +94,10 @@ def draw(titles: Mapping[str, str], runs: Mapping[str, Mapping[str, Any]], out: 
                 continue
             value, half = over_seeds(shares)
             label = {"reads_late": "backbone sees", "blind_late": "backbone blind"}[name] if y == 0 else None
-            axes.errorbar(value, y + shift, xerr=half, color=color, marker="o", markersize=5, capsize=2, label=label)
+            style = {"color": color, "marker": "o", "markersize": 4, "elinewidth": 0.8}
+            axes.errorbar(value, y + shift, xerr=half, label=label, **style)
             values = [share["right"] / share["count"] for share in shares]
-            axes.plot(values, [y + shift] * len(values), ".", color=color, markersize=3, alpha=0.5)
+            axes.plot(values, [y + shift] * len(values), "|", color=color, markersize=9, markeredgewidth=1.5)
     axes.axvline(0.1, color="#bbbbbb", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(titles)), [title.replace("`", "") for title in titles.values()], fontsize=8)
     axes.set_ylim(len(titles) - 0.5, -0.7)
