@@ -62,3 +62,14 @@ def test_quick_evaluation_benchmark_has_the_completions_of_transformers(tmp_path
     assert result["same_completions"] == result["samples"] == 4
     assert set(result["ratios"]) == {"torch, one by one", "torch, batches"}
     assert f"{result['samples_per_second']['harness']:.3f} samples/s" in printed
+
+
+def test_analysis_benchmark_measures_each_length_in_a_process_of_its_own():
+    argv = [sys.executable, FOLDER / "analysis.py", "--tokens", "192", "320", "--once", "--window=64"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=FOLDER.parent)
+    assert done.returncode == 0, done.stderr
+    header, *lines = done.stdout.splitlines()
+    assert header.split()[:2] == ["tokens", "measured"]
+    tokens, measured, peak, here = zip(*(map(float, line.split()[:4]) for line in lines))
+    assert 192 - 64 < tokens[0] <= 192 and 320 - 64 < tokens[1] <= 320, "with room for the question"
+    assert all(0 < m < t for m, t in zip(measured, tokens)) and all(p > 100 and 0 <= h < p for p, h in zip(peak, here))
