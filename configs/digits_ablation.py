@@ -11,7 +11,8 @@ Every row is `pvm` (configs/digits_sft.py) but for what its title names, and 550
 of LoRA train on the same answers, seen by the backbone (`plain`), with AdamW 2e-3; `lora_blind` has the batches of
 `pvm`. Of equal size: PVM has 209,089 parameters (slots 212,545), LoRA of rank 31 on all linear maps 210,304, of rank 49
 on the MLPs 206,976; on attention rank 32 is all of k_proj and v_proj, which leaves 81,920. Rows `*_505` take answers of
-100-505 tokens, the split `sft_505` of the data set's configuration `long`.
+100-505 tokens, the split `sft_505` of the data set's configuration `long`: as long as the longest of the test, longer
+than those of its other splits; a mosaic has no more than 505 tokens to tell.
 
 Arguments, separated by commas: the row, and `smoke`, the same configuration in a few steps.
 """
