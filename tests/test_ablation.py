@@ -177,8 +177,10 @@ def test_an_ended_grid_lets_its_command_save(grid, tmp_path, end):
     runs.mkdir()
     (runs / "slow").touch()
     arguments = ["--grid=stand_in", "--rows=a", "--seeds=0,1", f"--runs={runs}", f"--out={tmp_path / 'out/grid.json'}"]
+    # A shell has what it starts in the background ignore SIGINT; these tests, too, where that is how they were started.
+    heed = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     process = subprocess.Popen(
-        [sys.executable, "-m", "pvm_jax.analysis.ablation", *arguments],
+        [sys.executable, "-c", heed + "runpy.run_module('pvm_jax.analysis.ablation', run_name='__main__')", *arguments],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         stderr=subprocess.PIPE,
         text=True,
