@@ -27,7 +27,8 @@ embedding's learning rate is small: its 1,536 inputs are 16 values, 96 times eac
 Wall time       19 minutes for all four commands on two CPU cores, other work of low priority beside them
 Result          exact match 0.98 in answers of 7-64 tokens, 0.28 in 141-253, 0 in 491-505 (held-out digits); reads 0.997
                 in the shortest, 0.50 from token 392 on; text right at 0.999 and more. Run twice: the same weights, bit
-                for bit, and those of assets/digits_base. XLA may round another version of the training step differently
+                for bit, and those of assets/digits_base. XLA may round another version of the step differently.
+                Two other seeds lose the image late, too (docs/analysis.md, "Other bases")
 
 Arguments, separated by commas:
     long      the second run
