@@ -78,9 +78,19 @@ class Checkpoint:
         if self.kind == "hf":
             return HFWeights(self.path, self.config)
         if self.kind == "native":
-            return orbax_io.Stored(self.path / PARAMS)
+            return _stored(self.path / PARAMS)
         base = base_of(self)
-        return _Overlay(orbax_io.Stored(self.trainable), base.source() if base else None)
+        return _Overlay(_stored(self.trainable), base.source() if base else None)
+
+
+def _stored(directory: Path) -> orbax_io.Stored:
+    try:
+        return orbax_io.Stored(directory)
+    except FileNotFoundError:
+        found = ", ".join(sorted(path.name for path in directory.iterdir())[:5]) or "an empty directory"
+        raise CheckpointError(
+            f"{directory}: expected an Orbax tree of parameters with _METADATA, found {found}; was it copied whole?"
+        ) from None
 
 
 class _Overlay:

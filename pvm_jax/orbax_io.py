@@ -154,8 +154,8 @@ class Stored:
 
     def __init__(self, directory: Path):
         self.directory = directory.absolute()
-        with _reader() as reader:
-            tree = reader.metadata(self.directory).item_metadata.tree
+        # Of the handler: a Checkpointer looks for its own file, too, and warns where a manager has written the tree.
+        tree = ocp.PyTreeCheckpointHandler().metadata(self.directory).tree
         self._keys = {"/".join(keys): keys for keys in _flat(tree)}
         flat = {"/".join(keys): value for keys, value in _flat(tree).items()}
         self.shapes = {p: jax.ShapeDtypeStruct(m.shape, m.dtype) for p, m in flat.items()}
@@ -236,16 +236,12 @@ class Stored:
     def _restore(self, args: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]:
         item = _nested({self._keys[p]: self.shapes[p] for p in args})
         restore_args = _nested({self._keys[p]: a for p, a in args.items()})
-        with _reader() as reader:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             tree = reader.restore(
                 self.directory,
                 args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True),
             )
         return {"/".join(keys): value for keys, value in _flat(tree).items()}
-
-
-def _reader() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def sharding_of(want: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

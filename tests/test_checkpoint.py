@@ -188,11 +188,13 @@ def test_importing_the_package_imports_no_jax():
 # ---------------------------------------------------------------------------------------------- workdirs
 
 
-def test_a_workdir_is_its_base_and_what_was_trained(native, tmp_path):
+def test_a_workdir_is_its_base_and_what_was_trained(native, tmp_path, caplog):
     base, new = values(load_model(native, scan=True)), trained(native)
     workdir = write_workdir(tmp_path / "run", native, new, steps=(5, 40))
     latest = {p: np.asarray(v) + 1 for p, v in new.items()}
+    caplog.clear()
     assert_equal(values(load_model(workdir, scan=True)), base | latest)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # of Orbax, about a file it lacks
     assert_equal(values(load_model(workdir / "checkpoints" / "5", scan=True)), base | new)
     assert checksum(workdir) != checksum(workdir / "checkpoints" / "5") != checksum(native)
 
@@ -319,6 +321,20 @@ def test_parameters_that_are_not_there(native, pvm_checkpoint, stock_checkpoint)
         ]
     with pytest.raises(CheckpointError, match=r"pvm_block/gate_alpha: expected .*, found no such parameter"):
         load_params(stock_checkpoint, want)
+
+
+def test_a_tree_that_was_not_copied_whole(native, tmp_path):
+    shutil.copytree(native, tmp_path / "copy")
+    params = tmp_path / "copy" / "params"
+    (params / "_METADATA").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"params: expected .* with _METADATA, found _CHECKPOINT_METADATA, .* whole\?$"
+    ):
+        pvm_jax.load(tmp_path / "copy")
+    shutil.rmtree(params)
+    params.mkdir()
+    with pytest.raises(CheckpointError, match="found an empty directory; was it copied whole"):
+        pvm_jax.load(tmp_path / "copy")
 
 
 def test_a_broken_hugging_face_directory_is_refused_on_loading(pvm_checkpoint, tmp_path):
