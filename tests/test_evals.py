@@ -283,6 +283,15 @@ def test_comparison_shows_every_result_and_draws_a_picture(tmp_path, capsys):
     assert len((tmp_path / "pvm" / "digits.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_picture_has_as_many_curves_as_results(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.extend(figure.axes[0].get_legend().get_texts()))
+    summary = summarise([record("test_505", "normal", [3, 400], [1, 0], tokens=500)])
+    compare.plot({f"run {i}": summary for i in range(9)}, "test_505", tmp_path / "reads.png")
+    assert [text.get_text() for text in drawn] == [f"run {i}" for i in range(9)]
+
+
 def test_comparison_of_what_is_no_result_says_so(tmp_path):
     with pytest.raises(ResultError, match=r"expected a result file that eval\.py wrote, found none"):
         read_summary(tmp_path / "no.json")

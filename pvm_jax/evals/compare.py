@@ -4,6 +4,7 @@ python -m pvm_jax.evals.compare base/digits.json pvm/digits.json --names="base,b
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from pvm_jax.evals.digits import show
 from pvm_jax.evals.results import ResultError, read_summary
 
-COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
+COLORS = ("#666666", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
 def comparison(results: Mapping[str, Mapping[str, Any]], split: str) -> str:
@@ -57,7 +58,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], split: str, out: str | Path) 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    for (name, summary), color in zip(results.items(), COLORS):
+    for (name, summary), color in zip(results.items(), itertools.cycle(COLORS)):
         bins = summary[split]["normal"]["by_position"]
         x = [(b["from"] + b["to"]) / 2 for b in bins]
         y = [b["value"] for b in bins]
