@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on one machine, end to end: data, conversion, SFT of PVM and of its control, evaluation, generation,
-# export. Everything lands under $RUNS; a second call starts over.
+# export. All but the data set (runs/data, made once) lands under $RUNS; a second call starts over.
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 RUNS=${RUNS:-runs/demo}

@@ -2,7 +2,7 @@
 
 Launch, from the repository's root (again to go on; a run that was killed starts over, one stopped by Ctrl-C goes on):
     python -m pvm_jax.data.prepare_digits runs/data --configs=demo,long
-    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --jobs=2 --runs=runs/ablation --out=docs/ablation.json
+    python -m pvm_jax.analysis.ablation --seeds=0,1,2 --jobs=2 --runs=runs/ablation --out=runs/ablation.json
 One row by hand, here `lora_all` with seed 0; rows of PVM are converted first, `--print` shows every row's commands:
     python train.py --config=configs/digits_ablation.py:lora_all --workdir=runs/lora-all --config.seed=0
     python eval.py --config=configs/digits_eval.py:brief --workdir=runs/lora-all/eval --config.checkpoint=runs/lora-all
@@ -11,8 +11,8 @@ Every row is `pvm` (configs/digits_sft.py) but for what its title names, and 550
 of LoRA train on the same answers, seen by the backbone (`plain`), with AdamW 2e-3; `lora_blind` has the batches of
 `pvm`. Of equal size: PVM has 209,089 parameters (slots 212,545), LoRA of rank 31 on all linear maps 210,304, of rank 49
 on the MLPs 206,976; on attention rank 32 is all of k_proj and v_proj, which leaves 81,920. Rows `*_505` take answers of
-100-505 tokens, the split `sft_505` of the data set's configuration `long`: as long as the longest of the test, longer
-than those of its other splits; a mosaic has no more than 505 tokens to tell.
+100-505 tokens, the split `sft_505` of the data set's configuration `long`: up to the longest of the test; a mosaic has
+no more than 505 tokens to tell.
 
 Arguments, separated by commas: the row, and `smoke`, the same configuration in a few steps.
 """

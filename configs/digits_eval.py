@@ -5,13 +5,17 @@ Launch, from the repository's root:
     python eval.py --config=configs/digits_eval.py --workdir=runs/eval-base --config.checkpoint=assets/digits_base
     python -m pvm_jax.evals.compare runs/eval-*/digits.json --out=runs/reads.png
 
+Whole answers, drawn (`sampled`):
+    python -m pvm_jax.data.prepare_digits runs/data --questions
+    python eval.py --config=configs/digits_eval.py:sampled --workdir=runs/drawn-grpo --config.checkpoint=runs/demo/grpo
+
 Splits: answers of 7-64, 66-128, 140-256 and 490-505 tokens. What is measured: pvm_jax/evals/digits.py.
 
 Arguments:
     brief    what ablations compare, in less time: `late`, answers of 490-505 tokens with the backbone as it is and
              blind, and `short`, exact match of the others
     sampled  whole answers, drawn at temperature 1, twice each, and compared word for word by the harness of the
-             benchmarks; first python -m pvm_jax.data.prepare_digits runs/data --questions
+             benchmarks
     smoke    two samples a split
 """
 

@@ -25,7 +25,8 @@ Size   PVM layers   PVM parameters   TPU slice: mesh, micro-batches     GPUs: mi
 8b     8, 16, 24    27,922,179       v5e:2x4: fsdp 8, 8                 8 x H100: 4
                                      v5e:16x16: fsdp 64 x tensor 4, 1
 32b    16, 32, 48   37,359,363       v5p:4x4x4: fsdp 64, 1              8 x H100: 8
-Layers of 4b and 8b are the paper's; those of 2b and 32b are ours (convert with these --pvm_layers).
+Layers of 4b and 8b are the paper's; those of 2b and 32b are ours (convert with these --pvm_layers). Nothing was planned
+for 2b, nor for 4b on eight GPUs: there the micro-batches are a guess.
 
 Planned memory  docs/plans.md: 64 rows of 4,096 tokens a step, 8b on v5e:2x4 5.90 of 15.75 GiB, on v5e:16x16
                 with 16,384 tokens a row 4.63 of 15.75 GiB; other buckets by
