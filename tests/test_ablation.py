@@ -474,6 +474,7 @@ def test_without_matplotlib_nothing_runs(grid, tmp_path, monkeypatch):
         ("--seeds=0;1", "--seeds: expected numbers with commas, as in 0,1,2, got '0;1'"),
         ("--grid=no_such_grid", "--grid: expected a Python module, got 'no_such_grid'"),
         ("--tables", "grid.json: expected recorded runs, found none"),
+        ("--out=grid.md", "--out: expected a name that ends in .json (tables lie beside it), got grid.md"),
         ("--jobs=0", "--jobs: expected 1 or more, got 0"),
         ("--jobs=1000", "--jobs: expected at most one run for each of the "),
         ("--bases=x", "--bases: expected one checkpoint for each of 3 seeds, got 'x'"),

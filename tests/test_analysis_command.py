@@ -24,19 +24,19 @@ def row(number: int, *parts, answer: str | None = None) -> dict:
     for part, given in zip(made["content"], parts):
         if not isinstance(given, str):
             part |= {"image": given[0]}
-    return {"id": f"row {number}", "messages": [made, *([tiny.assistant(answer)] if answer else [])]}
+    return {"id": f"row {number}", "messages": [made, *([] if answer is None else [tiny.assistant(answer)])]}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """An image with an answer, an image without one, and text alone with one."""
+    """An image with an answer, an image with an empty one, and text alone with one."""
     folder = tmp_path_factory.mktemp("rows")
     images = [(f"{i}.png", tiny.image(i, 60 + 30 * i, 90)) for i in range(2)]
     for name, image in images:
         image.save(folder / name)
     rows = [
         row(0, images[0], "what is shown?", answer=tiny.text(1, 60)),
-        row(1, "look", images[1]),
+        row(1, "look", images[1], answer=""),
         row(2, "count to three", answer="one two three"),
     ]
     file = folder / "rows.jsonl"
@@ -189,7 +189,7 @@ def test_a_command_line_that_cannot_be_used(small_checkpoint, data, tmp_path, ca
         ),
         (
             '{"id": "7", "messages": [{"role": "assistant", "content": ""}]}',
-            "row 0 (line 1): sample 7: messages[0]: expected",
+            "row 0 (line 1): sample 7: expected a turn for the model to answer, found none",
         ),
     ],
 )

@@ -78,9 +78,25 @@ def test_what_conditions_change(found):
     assert near[-1]["mass"] > 1.3 * long[-1]["mass"], "fewer keys"
     assert short[0]["mass"] == pytest.approx(moved[0]["mass"], rel=0.2), "as many keys"
     assert moved[0]["on_cell"] < short[0]["on_cell"], "positions that were never read at"
+    for name in ("short", "short, moved", "long, near text"):
+        assert found[name]["exponent"] is None, "too short a text, or not the one that a token sees"
+    assert found["long"]["exponent"]["count"] == TEXTS
     for rows in (long, near, short, moved):
         assert all(row["memory_on_cell"] is None and row["entropy"] is None for row in rows), "no PVM"
         assert all(row["by_layer"][-1] > row["by_layer"][0] for row in rows)
+
+
+def test_attention_without_preference_is_over_what_a_token_sees(found, processor, data):
+    sources = [sample.source.text for sample in experiment.samples(processor, data, "test_505", TEXTS)]
+    for condition, window in (("long", 10**6), ("long, near text", 48)):
+        last = found[condition]["by_position"][-1]
+        shares = []
+        for text in sources:
+            prompt = text.columns[0]
+            for place in range(last["from"], min(last["to"], len(text.columns))):
+                answer = text.columns[place] - prompt  # tokens of the answer before this one
+                shares.append(text.visual_tokens / (prompt + min(answer, window)))
+        assert last["uniform"] == pytest.approx(np.mean(shares), rel=1e-6)
 
 
 def test_numbers_over_seeds(written):

@@ -91,6 +91,7 @@ def test_the_table():
     two = measures._exponent([{"exponent": -0.9}, {"exponent": -1.1}], 2)
     assert two == "-1.00 (-2.27 to 0.27 over 2 texts)"  # Student's interval: 12.7 times the standard error
     assert base[6:8] == ["-", "-"] and float(pvm[6].removesuffix(" (of 2 texts)")) < 0.9 and pvm[8] == "2.0 of 3"
+    assert pvm[7].endswith(" (of 2 texts)"), "of text alone PVM retrieves nothing"
 
 
 def test_a_map_is_within_a_255th_of_its_maximum():
@@ -192,7 +193,9 @@ def test_answers_of_different_length_do_not_compare():
     texts = [made.text(made.words(count), (picture,)) for count in (40, 90)]
     short, long = (made.run(name, [made.trace(text, 0)]) for name, text in zip("ab", texts))
     (caveat,) = measures.caveats([short, long], 0)
-    assert caveat.startswith("first: the runs wrote different answers (a 40 tokens, b 90 tokens), and Ω_V falls with")
+    assert caveat.startswith(
+        "first: the answers of the runs differ in their tokens (a 40 tokens, b 90 tokens), and Ω_V falls"
+    )
     assert measures.caveats([short, dataclasses.replace(short, name="b")], 0) == []
 
 
@@ -217,6 +220,9 @@ def test_focus_is_relative_to_what_can_be_retrieved():
     assert np.isnan(share[:20]).all()
     np.testing.assert_allclose(share[20:], 0.5, rtol=1e-6)
     assert measures.numbers(trace)["pvm_entropy_share"] == pytest.approx(0.5)
+    late = dataclasses.replace(trace, dilution=dataclasses.replace(found, pvm_ratio=np.float32(choices > 0)[None] / 2))
+    assert measures.numbers(late)["pvm_ratio"] == 0.5, "before the image there is no contribution to be small"
+    assert measures.numbers(trace)["pvm_entropy"] == pytest.approx(np.log([1, 4, 16]).mean() / 2)
     one = dataclasses.replace(trace, dilution=dataclasses.replace(found, pvm_choices=np.ones_like(choices)))
     assert measures.table([made.run("one", [one])])[0][6] == "-"
     (sample,) = data_of(page.write_page([made.run("pvm", [trace])], ""))["samples"]
@@ -403,6 +409,36 @@ def test_without_pvm_its_panels_are_absent(opened):
     assert len(titles) == 3 and not [t for t in titles if "PVM" in t]
     assert "self-attention" in find(browser, ".source").text and current(browser) == ["0"]
     assert [o.text for o in browser.find_elements("css selector", "#paint option")][1:] == ["none"]
+
+
+def test_models_of_different_depth(opened):
+    """A layer that one of them lacks is drawn of the others alone."""
+    deep = made.trace(made.text(made.words(40), (made.picture("image 1", 0, 3, 4),)), 0)
+    lens = {f.name: getattr(deep.lens, f.name) for f in dataclasses.fields(deep.lens)}
+    cut = {name: value[:2] if value.ndim > 1 else np.minimum(value, 1) for name, value in lens.items()}
+    flat = {"visual_mass": deep.dilution.visual_mass[:2], "tvr": deep.dilution.tvr[:2], "fits": deep.dilution.fits[:2]}
+    shallow = dataclasses.replace(
+        deep,
+        dilution=dataclasses.replace(deep.dilution, **flat),
+        lens=dataclasses.replace(deep.lens, **cut),
+        maps=dataclasses.replace(deep.maps, attention=deep.maps.attention[:2]),
+    )
+    browser = opened([made.run("shallow", [shallow]), made.run("deep", [deep])])
+    pick(browser, "#layer", "4")
+    for chart in browser.find_elements("css selector", ".chart")[:2]:
+        assert find(chart, "h3").text.endswith(", layer 3")
+        assert len(chart.find_elements("css selector", ".series")) == 1
+    (first, second) = [why.text for why in browser.find_elements("css selector", ".chart .why")[:2]]
+    assert first == "shallow, has no such layer" and second.startswith("deep, Ω_V ∝ t^")
+    pick(browser, "#layer", "1")
+    assert len(browser.find_elements("css selector", ".chart:first-child .series")) == 2
+    assert browser.get_log("browser") == []
+
+
+def test_numbers_have_three_digits(opened):
+    browser = opened(runs()[:1])
+    said = [browser.execute_script("return digits(arguments[0])", x) for x in (0.12345, 0.000104, 1e-4, 123456, 0)]
+    assert said == ["0.123", "1.04e-4", "1e-4", "1.23e+5", "0"]
 
 
 def test_an_axis_has_labels_however_narrow_it_is(opened):

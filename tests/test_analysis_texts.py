@@ -245,6 +245,21 @@ def test_a_text_without_an_image(model, processor):
     assert (got.lens.rank[-1] == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("last", "answered"),
+    [
+        (tiny.assistant("one"), True),
+        (tiny.assistant(" \n"), False),
+        (tiny.assistant("") | {"content": [{"type": "text", "text": ""}]}, False),
+        (tiny.assistant("") | {"content": [{"type": "text", "text": "one"}]}, True),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "zoom", "arguments": {}}}]}, True),
+        (tiny.user("two"), False),
+    ],
+)
+def test_an_empty_answer_is_none(last, answered):
+    assert texts.ends_answered({"messages": [tiny.user("hello"), last]}) == answered
+
+
 def test_what_cannot_be_read(processor):
     with pytest.raises(AnalysisError, match="sample 1: expected an answer to measure, found no assistant's turn"):
         texts.read(processor, [{"messages": [tiny.user("hello")]}])

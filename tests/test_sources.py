@@ -423,3 +423,10 @@ def test_tfds_split_that_is_not_there(tmp_path):
     directory = tfds_scenes.write(tmp_path, "flat")
     with pytest.raises(DataError, match="no split 'dev'; it has test, train"):
         open_source(directory, split="dev[:10%]")
+    rows = len(open_source(directory, split="test"))
+    for split in ("test[1:", f"test[{rows}:]", "test[1:1]", f"test[:{rows + 1}]"):
+        with pytest.raises(
+            DataError, match=rf"expected a split as in test\[:10\] .* of its {rows} rows, got "
+        ) as error:
+            open_source(directory, split=split)
+        assert str(error.value).endswith(repr(split))

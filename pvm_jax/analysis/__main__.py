@@ -223,7 +223,7 @@ def _read(processor: Processor, where: str, row: dict[str, Any], generate: bool)
       AnalysisError: it cannot be encoded; file and row are named.
     """
     try:
-        if row["messages"][-1]["role"] == "assistant" and not generate:
+        if texts.ends_answered(row) and not generate:
             return texts.read(processor, [row])[0]
         processor.encode(texts.question(row), add_generation_prompt=True)  # what is wrong with it is said here
     except (DataError, AnalysisError) as error:

@@ -344,6 +344,8 @@ def _run(options: argparse.Namespace) -> list[str]:
             print(f"# {run.key}: {grid.ROWS[run.row][0]}")
             print("\n".join(shlex.join(arguments) for arguments in run.commands.values()))
         return []
+    if options.out.suffix != ".json":
+        raise ResultError(f"--out: expected a name that ends in .json (tables lie beside it), got {options.out}")
     if options.smoke and options.out.absolute() == OUT.absolute():
         raise ResultError(f"--smoke: expected another --out than {OUT}, which is the record of whole runs")
     if importlib.util.find_spec("matplotlib") is None:

@@ -274,23 +274,25 @@ function lines(runs, pick, x = positions) {
     x: x(run), values: line.values, dash: DASHES[i % DASHES.length] })));
 }
 
+/** Of a run the line that was chosen, all layers' or one layer's; none where the model has no such layer. */
+const only = (name, chosen) => (run) => run[name].slice(chosen, chosen + 1).map(({ values }) => ({ label: "", values }));
+
 function massChart(runs, chosen) {
-  const shown = runs.map((run) => run.mass[Math.min(chosen, run.mass.length - 1)]);
-  const fits = shown.flatMap((line, run) => line.fit ? [{ run, ...line.fit }] : []);
-  const why = shown.map((line, run) => who(run, line.fit
+  const shown = runs.map((run) => run.mass[chosen]);
+  const fits = shown.flatMap((line, run) => line?.fit ? [{ run, ...line.fit }] : []);
+  const why = shown.map((line, run) => who(run, !line ? "has no such layer" : line.fit
     ? `Ω_V ∝ t^${line.fit.exponent.toFixed(2)} (95 %: ${line.fit.low.toFixed(2)} to ${line.fit.high.toFixed(2)})`
     : `no fit: ${runs[run].noFit ?? "this layer's attention on the image cannot be fitted"}`));
   const log = [true, true];
-  return chart({ title: `Ω_V(t): attention on the image, ${shown[0].label}`, log, fits, why,
-    words: "text tokens before it, t", lines: lines(runs, (run) =>
-      [{ label: "", values: run.mass[Math.min(chosen, run.mass.length - 1)].values }], (run) => run.before) });
+  return chart({ title: `Ω_V(t): attention on the image, ${shown.find(Boolean).label}`, log, fits, why,
+    words: "text tokens before it, t", lines: lines(runs, only("mass", chosen), (run) => run.before) });
 }
 
 function tvrChart(runs, chosen) {
-  const shown = (run) => run.tvr[Math.min(chosen, run.tvr.length - 1)];
-  return chart({ title: `TVR(t): attention on text over attention on the image, ${shown(runs[0]).label}`,
+  const { label } = runs.map((run) => run.tvr[chosen]).find(Boolean);
+  return chart({ title: `TVR(t): attention on text over attention on the image, ${label}`,
     words: "text tokens before it, t", log: [true, true], why: [],
-    lines: lines(runs, (run) => [{ label: "", values: shown(run).values }], (run) => run.before) });
+    lines: lines(runs, only("tvr", chosen), (run) => run.before) });
 }
 
 /** Curves of a retrieval that prefers nothing, those that differ: images have sizes, and a causal memory grows. */
@@ -303,9 +305,9 @@ function uniforms(runs) {
 function drawCharts(runs) {
   const made = [];
   const looks = runs.some((run) => run.mass.length);
-  const chosen = Number(byId("layer").value) || 0;
   const layers = runs.reduce((most, run) => run.mass.length > most.length ? run.mass : most, []);
-  fill(byId("layer"), layers.map((line, i) => [i, line.label]), Math.min(chosen, layers.length - 1));
+  const chosen = Math.min(Number(byId("layer").value) || 0, Math.max(0, layers.length - 1));
+  fill(byId("layer"), layers.map((line, i) => [i, line.label]), chosen);
   byId("layer-label").hidden = !looks;
   if (looks) made.push(massChart(runs, chosen), tvrChart(runs, chosen));
   if (runs.some((run) => run.ratio.length)) {

@@ -128,22 +128,31 @@ def measure(path: str, data: str, limit: int) -> dict[str, dict[str, Any]]:
             dataclasses.replace(s.source, encoded=shift_answers(s.source.encoded, condition.moved)) for s in given
         ]
         traces = trace(model, sources, heads=True, text_window=condition.text_window)
-        found[name] = numbers(traces, [s.reads for s in given], [s.cells for s in given])
+        found[name] = numbers(
+            traces, [s.reads for s in given], [s.cells for s in given], text_window=condition.text_window
+        )
     return found
 
 
-def numbers(traces: Sequence[Trace], reads: Sequence[np.ndarray], cells: Sequence[np.ndarray]) -> dict[str, Any]:
+def numbers(
+    traces: Sequence[Trace],
+    reads: Sequence[np.ndarray],
+    cells: Sequence[np.ndarray],
+    text_window: int | None = None,
+) -> dict[str, Any]:
     """What is told of one checkpoint in one condition.
 
     by_position: a mapping for each bin of positions in the answer that holds a read, means over its tokens:
         count, right        its reads, and how many the model itself would state
-        mass, uniform       Omega_V, mean of layers and heads; what attention without preferences would have
+        mass, uniform       Omega_V, mean of layers and heads; what attention without preferences would have, over
+                            what the token sees
         on_cell             a read's self-attention on its cell, the head that has most in the first bin
         entropy, ratio      of PVM's retrieval from the image, in nats, and of its contribution to the FFN's
         memory_on_cell      a read's PVM weight on its cell, the head that has most in the first bin
         settled             the layer from which on a read's prediction stays
         by_layer            the read token's probability behind each layer (logit lens)
-    exponent: of the power law of Omega_V, mean over texts; None for short ones.
+    exponent: of the power law of Omega_V, mean over texts. None if one of them is too short for a fit, and under a
+        text window, where the text before a token is not what it sees.
     """
     at = np.concatenate(reads)
     edges = [(low, high) for low, high in itertools.pairwise(EDGES) if ((at >= low) & (at < high)).any()]
@@ -157,7 +166,7 @@ def numbers(traces: Sequence[Trace], reads: Sequence[np.ndarray], cells: Sequenc
     reading = [_reading(t, r) for t, r in zip(traces, reads)]
     right, settled = (np.concatenate([one[name] for one in reading]) for name in ("right", "settled"))
     by_layer = np.concatenate([one["by_layer"] for one in reading], axis=1)
-    every = [_tokens(t) for t in traces]
+    every = [_tokens(t, text_window) for t in traces]
     position = np.concatenate([np.arange(len(t.text.columns)) for t in traces])
 
     def of_tokens(name: str, inside: np.ndarray) -> float | None:
@@ -173,7 +182,8 @@ def numbers(traces: Sequence[Trace], reads: Sequence[np.ndarray], cells: Sequenc
             | {"memory_on_cell": None if best is None else float(best[inside].mean())}
             | {"by_layer": by_layer[:, inside].mean(1).tolist()}
         )
-    exponent = dilution.mean_exponent([t.dilution.fit for t in traces])
+    fits = [t.dilution.fit for t in traces]
+    exponent = None if text_window is not None or None in fits else dilution.mean_exponent(fits)
     return {
         "texts": len(traces),
         "by_position": rows,
@@ -200,11 +210,13 @@ def _reading(one: Trace, reads: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _tokens(one: Trace) -> dict[str, np.ndarray]:
+def _tokens(one: Trace, text_window: int | None = None) -> dict[str, np.ndarray]:
     """Measures of every token of an answer, [T]."""
+    prompt = one.text.columns[0]
+    seen = one.text.columns if text_window is None else np.minimum(one.text.columns, prompt + text_window)
     found = {
         "mass": one.dilution.visual_mass.mean((0, 1)),
-        "uniform": one.text.visual_tokens / one.text.columns,
+        "uniform": one.text.visual_tokens / seen,
     }
     if one.dilution.pvm_choices is not None:
         found["entropy"] = one.dilution.pvm_entropy.mean((0, 1))
@@ -239,7 +251,7 @@ def table(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for condition in CONDITIONS:
             given = [seed[condition] for seed in seeds]
             parts = given[0]["by_position"]
-            fits = [seed["exponent"]["value"] for seed in given if seed["exponent"]]
+            fits = [seed["exponent"]["value"] for seed in given if seed["exponent"]]  # all or none
             for part in dict.fromkeys((0, len(parts) - 1)):
                 where = f"{parts[part]['from']}-{parts[part]['to'] - 1}"
                 cells = [_cell(over_seeds(given, name, part)) for name in COLUMNS]

@@ -7,14 +7,14 @@ const floats = (text) => new Float32Array(bytes(text).buffer);
 /** Numbers in 16 bits, six of them the exponent's, as page.py's `_halves` writes them. */
 const halves = (text) => Float32Array.from(new Uint16Array(bytes(text).buffer), (code) => code === 0xffff ? NaN :
   code === 0xfffe ? Infinity : code && 2 ** ((code >> 10) - 40) * (1 + (code & 1023) / 1024));
-const color = (run) => `var(--run${run % 6})`;
+const color = (run) => `var(--run${run % 7})`;
 const dot = (run) => el("span", { class: "dot", "--run": color(run) });
 const clamp = (value, low, high) => Math.max(low, Math.min(value, high));
 
 /** Three significant digits, without the long form of powers. */
 function digits(value) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1);
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return Number(value.toPrecision(3)).toExponential();
   return String(Number(value.toPrecision(3)));
 }
 

@@ -82,8 +82,9 @@ def entropy(trace: Trace) -> list[Line]:
 
 
 def ratio(trace: Trace) -> list[Line]:
-    """PVM's contribution relative to the FFN's, by PVM layer."""
-    if trace.dilution.pvm_ratio is None or trace.pvm_silenced:
+    """PVM's contribution relative to the FFN's, by PVM layer; empty where it retrieves from no image."""
+    nothing = trace.dilution.pvm_choices is not None and not looks(trace)  # learned slots are always there
+    if trace.dilution.pvm_ratio is None or trace.pvm_silenced or nothing:
         return []
     return [Line(f"layer {layer}", values) for layer, values in zip(trace.pvm_layers, trace.dilution.pvm_ratio)]
 
@@ -128,8 +129,11 @@ def numbers(trace: Trace) -> dict[str, Any]:
     fit = trace.dilution.fit
     found["fit"] = None if fit is None else dataclasses.asdict(fit)
     found["no_fit"] = trace.dilution.no_fit
+    choices = trace.dilution.pvm_choices
+    retrieving = np.ones(count, bool) if choices is None else choices > 0  # a causal memory may come late
     for name, lines in (("entropy", entropy(trace)), ("ratio", ratio(trace))):
-        found[f"pvm_{name}"] = float(np.mean([line.values for line in lines])) if lines else None
+        some = lines and retrieving.any()
+        found[f"pvm_{name}"] = float(np.mean([line.values[retrieving] for line in lines])) if some else None
     share = entropy_share(trace) if entropy(trace) else np.array([])
     share = share[np.isfinite(share)]
     found["pvm_entropy_share"] = float(share.mean()) if len(share) else None
@@ -168,8 +172,8 @@ def caveats(runs: Sequence[Run], sample: int) -> list[str]:
     if len(set(answers.values())) > 1:
         said = ", ".join(f"{name} {len(answer):,} tokens" for name, answer in answers.items())
         found.append(
-            f"{text}: the runs wrote different answers ({said}), and Ω_V falls with the length of an answer; to "
-            "compare them, give one answer in the data."
+            f"{text}: the answers of the runs differ in their tokens ({said}), and Ω_V falls with the length of an "
+            "answer; to compare them, give one answer in the data, and checkpoints with one tokenizer."
         )
     return found
 

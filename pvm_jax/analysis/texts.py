@@ -52,6 +52,7 @@ def write(
       forced: the tokens that end an answer are never chosen, so that each has `new_tokens`; else it may end before.
 
     Raises:
+      AnalysisError: a conversation without a question.
       GenerationError, DataError: see `pvm_jax.generate`.
     """
     questions = [question(sample) for sample in _named(samples)]
@@ -75,9 +76,27 @@ def _named(samples: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def question(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A conversation up to the answer that is to be written."""
+    """A conversation up to the answer that is to be written.
+
+    Raises:
+      AnalysisError: nothing stands before it.
+    """
     messages = list(sample["messages"])
-    return {**sample, "messages": messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages}
+    if messages and messages[-1].get("role") == "assistant":
+        messages.pop()
+    if not messages:
+        raise AnalysisError(f"sample {sample['id']}: expected a turn for the model to answer, found none")
+    return {**sample, "messages": messages}
+
+
+def ends_answered(sample: Mapping[str, Any]) -> bool:
+    """Whether the last turn is the assistant's and says something; data sets have "" where an answer is withheld."""
+    last = sample["messages"][-1]
+    return last["role"] == "assistant" and ("tool_calls" in last or _says(last["content"]))
+
+
+def _says(content: Any) -> bool:
+    return bool(content.strip()) if isinstance(content, str) else any(_says(p.get("text", "")) for p in content or ())
 
 
 def _answered(sample: Mapping[str, Any]) -> bool:

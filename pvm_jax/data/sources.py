@@ -248,7 +248,14 @@ class TfdsRows:
         self.name = f"{builder.info.full_name}:{split}"
         self._features = builder.info.features
         raw = {k: tfds.decode.SkipDecoding() for k, f in self._features.items() if isinstance(f, tfds.features.Image)}
-        self._data = builder.as_data_source(split=split, decoders=raw)
+        try:
+            self._data = builder.as_data_source(split=split, decoders=raw)
+        except ValueError:
+            rows = builder.info.splits[name].num_examples
+            raise DataError(
+                f"{path}: expected a split as in {name}[:10] or {name}[10%:] that holds some of its {rows} rows, got "
+                f"{split!r}"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._data)
