@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pvm_jax.config import ModelConfig
 from pvm_jax.data.batch import Batch
 from pvm_jax.models import KVCache, Qwen3VL
-from pvm_jax.models.cache import cache_shardings, take_cache_rows
+from pvm_jax.models.cache import cache_shardings, repeat_cache_rows, take_cache_rows
 from pvm_jax.sampling import (
     GenerationError,
     Sampling,
@@ -249,9 +249,8 @@ def prefill(
     logits = model.logits(hidden[jnp.arange(rows), last])
     history = prompt_history(batch.tokens, real, vocab) if switches.history else None
     if samples > 1:
-        row = jnp.repeat(jnp.arange(rows), samples)
-        cache, logits = take_cache_rows(cache, row, model.config, model.scan), logits[row]
-        history = None if history is None else history[row]
+        cache = repeat_cache_rows(cache, samples, model.config, model.scan)
+        logits, history = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits, history))
     state = State(
         cache=cache,
         tokens=jnp.zeros((rows * samples,), jnp.int32),
@@ -302,7 +301,7 @@ def take_rows_of_state(graphdef, params, state: State, rows: Int[Array, " R"], *
     """The state of some rows, to go on with them alone."""
     model = nnx.merge(graphdef, params)
     taken = State(
-        cache=take_cache_rows(state.cache, rows, model.config, model.scan),
+        cache=take_cache_rows(state.cache, rows, model.config, model.scan, mesh),
         tokens=state.tokens[rows],
         finished=state.finished[rows],
         step=state.step,

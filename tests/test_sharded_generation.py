@@ -1,17 +1,20 @@
 """Generation where the model lies: the same tokens on a mesh as on one device, cache and visual memory spread."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
 
 from pvm_jax import decoding
-from pvm_jax.checkpoint import load_model
+from pvm_jax.checkpoint import abstract_model, load_model
+from pvm_jax.config import ModelConfig
 from pvm_jax.data.processor import Processor
 from pvm_jax.decoding_weights import for_decoding
 from pvm_jax.evals.scoring import make_scorer
 from pvm_jax.generate import encode, make_batch
+from pvm_jax.models.cache import cache_shardings, take_cache_rows
 from pvm_jax.planning.hlo import Program
 from pvm_jax.sampling import Sampling, row_keys
 from pvm_jax.sharding import make_mesh
@@ -81,6 +84,41 @@ def test_cache_and_memory_are_spread(models, prompts):
     assert_spread(state)
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, before)
     assert all(jax.tree.leaves(same)), f"what moves is not updated in place: {same}"
+
+
+def test_answers_to_a_prompt_lie_where_it_does(models, prompts):
+    """Four of them move what one moves, but for their tokens: nothing of the cache."""
+    model, mesh = models[1], make_mesh(**SHAPE)
+    switches, settings = decoding.make_settings(model, Sampling(), (), ())
+
+    def moved(samples: int) -> dict[str, float]:
+        given = (*nnx.split(model), prompts, row_keys(0, ROWS * samples), settings)
+        static = {"switches": switches, "capacity": 128, "samples": samples, "mesh": mesh}
+        return Program(decoding.prefill.lower(*given, **static).compile().as_text()).collectives()
+
+    assert moved(4) == pytest.approx(moved(1), abs=512), "and the cache of a layer has 96 KiB"
+
+
+def test_rows_to_go_on_with_change_devices_a_layer_at_a_time():
+    """All layers at once would lie whole on every device."""
+    config, mesh, keep = ModelConfig.from_hf(tiny.hf_config()), make_mesh(**SHAPE), jnp.array([5, 2, 7, 4])
+    empty, tree = jax.tree.flatten(abstract_model(config, scan=True).init_cache(8, 1024, 4))
+    filled = [(100 * jax.random.uniform(jax.random.key(i), x.shape)).astype(x.dtype) for i, x in enumerate(empty)]
+    cache = jax.tree.unflatten(tree, filled)
+    assert max(x.ndim for x in jax.tree.leaves(cache.keys)) == 5, "several layers in one array"
+
+    @jax.jit
+    def take(cache, rows):
+        taken = take_cache_rows(cache, rows, config, True, mesh)
+        return jax.lax.with_sharding_constraint(taken, cache_shardings(config, True, len(keep), mesh))
+
+    program = take.lower(jax.device_put(cache, cache_shardings(config, True, 8, mesh)), keep).compile()
+    of_a_layer = len(keep) * 2 * 1024 * 16 * 4
+    assert program.memory_analysis().temp_size_in_bytes < 1.5 * of_a_layer, "keys, then values"
+    got = program(jax.device_put(cache, cache_shardings(config, True, 8, mesh)), keep)
+    want = take_cache_rows(cache, keep, config, True)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(want.memory_slots, cache.memory_slots[keep])
 
 
 def assert_spread(state: decoding.State) -> None:

@@ -6,6 +6,7 @@ embedding are kept per row and do not depend on slots.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pvm_jax.config import ModelConfig
 from pvm_jax.models.stack import group_name
-from pvm_jax.sharding import BATCH_AXES, AnyMesh
+from pvm_jax.sharding import BATCH_AXES, AnyMesh, ways_of
 
 # A group's keys and values: [L,B,K,S,H] without those of the axes L, B, K that have length 1. XLA:CPU copies a buffer
 # that is written in one shape and read in another in every step of a loop; without such axes the shapes are the same
@@ -115,16 +116,46 @@ class KVCache:
         )
 
 
-def take_cache_rows(cache: KVCache, rows: Int[Array, " R"], config: ModelConfig, scan: bool) -> KVCache:
-    """A cache of R rows, row i of which is row `rows[i]` of `cache`: several answers to one prompt, or fewer rows."""
+def take_cache_rows(
+    cache: KVCache, rows: Int[Array, " R"], config: ModelConfig, scan: bool, mesh: AnyMesh | None = None
+) -> KVCache:
+    """A cache of R rows, row i of which is row `rows[i]` of `cache`; `mesh`: over which its rows are spread."""
 
     def pick(x: Array) -> Array:
         return jnp.take(x, rows, axis=0)
 
+    def pick_layers(x: Float[Array, "L B K S H"]) -> Float[Array, "L R K S H"]:
+        if mesh is None:
+            return jnp.take(x, rows, axis=1)
+        # Rows change devices: XLA adds up, whole on every device, what each of them has of the rows. A layer at a time
+        # that is little, of all layers it would be the new cache as often as there are devices.
+        place = NamedSharding(mesh, PartitionSpec(*_row_and_head_axes(config, len(rows), mesh)))
+        return jax.lax.map(lambda layer: jax.lax.with_sharding_constraint(pick(layer), place), x)
+
+    return _with_rows(cache, config, scan, pick_layers, pick)
+
+
+def repeat_cache_rows(cache: KVCache, times: int, config: ModelConfig, scan: bool) -> KVCache:
+    """A cache with each row as often as said, one after the other: several answers to one prompt."""
+
+    def repeat(x: Array, axis: int = 0) -> Array:
+        return jnp.repeat(x, times, axis=axis)
+
+    return _with_rows(cache, config, scan, lambda x: repeat(x, axis=1), repeat)
+
+
+def _with_rows(
+    cache: KVCache,
+    config: ModelConfig,
+    scan: bool,
+    pick_layers: Callable[[Array], Array],
+    pick: Callable[[Array], Array],
+) -> KVCache:
+    """Other rows of a cache: `pick_layers` takes them from [L,B,K,S,H], `pick` from [B,...]."""
     old, heads = cache.valid.shape[0], config.text.num_key_value_heads
 
     def pick_group(x: Array, layers: int) -> Array:
-        full = jnp.take(x.reshape(layers, old, heads, *x.shape[-2:]), rows, axis=1)
+        full = pick_layers(x.reshape(layers, old, heads, *x.shape[-2:]))
         return full.reshape(*_drop_ones(full.shape[:3]), *x.shape[-2:])
 
     layers = {group_name(group): len(group) for group in config.layer_groups(scan)}
@@ -172,15 +203,18 @@ def init_cache(
     )
 
 
+def _row_and_head_axes(config: ModelConfig, batch_size: int, mesh: AnyMesh) -> tuple[Any, Any]:
+    rows = BATCH_AXES if batch_size % ways_of(mesh) == 0 else None
+    return rows, "tensor" if config.text.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+
+
 def cache_shardings(config: ModelConfig, scan: bool, batch_size: int, mesh: AnyMesh) -> KVCache:
     """Where the parts of a cache lie: rows over data and fsdp, key/value heads over tensor.
 
     PVM's memory has one key/value head: every device of a row has it. Rows or heads that do not divide lie whole.
     """
     text, pvm = config.text, config.pvm
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = BATCH_AXES if batch_size % ways == 0 else None
-    heads = "tensor" if text.num_key_value_heads % mesh.shape["tensor"] == 0 else None
+    rows, heads = _row_and_head_axes(config, batch_size, mesh)
 
     def on(*axes: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))

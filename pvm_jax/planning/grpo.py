@@ -2,8 +2,8 @@
 
     copy      the largest array of the weights as completions are drawn with them, from that which trains
     prefill   all prompts of a rollout at their largest buckets, and the cache's first room
-    growth    the last doubling of the cache: the old one and the new one. Programs for fewer rows, to which a rollout
-              changes when half of its completions have ended, hold one and a half of them, so less
+    growth    the last doubling of the cache: the old one and the new one. Taking the rows to go on with, when half of
+              the completions have ended, holds one and a half, and of one layer the rows of all devices
     decode    every completion with the largest cache
     scoring   only with `iterations` above 1 or `beta` above 0: log-probabilities of a batch to learn from
     update    every completion at full length in a row of its own
