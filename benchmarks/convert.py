@@ -48,12 +48,12 @@ def write_checkpoint(directory: Path, raw: dict, shard: int, chunk: int = NORMAL
     (directory / "config.json").write_text(json.dumps(raw))
     tensors = [t for leaf in leaves(ModelConfig.load(directory)) for t in leaf.tensors]
     bf16 = np.dtype(ml_dtypes.bfloat16)
-    writer = SafetensorsWriter(directory, {t.name: (t.shape, bf16) for t in tensors}, shard)
     normals = (0.02 * np.random.default_rng(0).standard_normal(chunk, np.float32)).astype(bf16)
-    for i, tensor in enumerate(tensors):
-        size = int(np.prod(tensor.shape))
-        start = 977 * i % chunk  # each tensor another part of the same numbers: drawing billions would take minutes
-        writer.write(tensor.name, np.resize(np.roll(normals, start), size).reshape(tensor.shape))
+    with SafetensorsWriter(directory, {t.name: (t.shape, bf16) for t in tensors}, shard) as writer:
+        for i, tensor in enumerate(tensors):
+            size = int(np.prod(tensor.shape))
+            start = 977 * i % chunk  # each tensor another part of the same numbers: drawing billions would take minutes
+            writer.write(tensor.name, np.resize(np.roll(normals, start), size).reshape(tensor.shape))
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
 

@@ -56,8 +56,9 @@ def sentence(error: BaseException) -> str | None:
         return f"{error.filename or 'a file'} could not be written ({error.strerror}); free some space and start again"
     if isinstance(error, OSError) and error.filename is not None and error.errno in _PATHS:
         return f"{error.filename}: {error.strerror}; {_PATHS[error.errno]}"
-    # The package's own ValueErrors (ConfigError, DataError, ...) say what to do; any other is a bug.
-    return str(error) if isinstance(error, ValueError) and type(error).__module__.startswith("pvm_jax.") else None
+    # The package's own errors (ConfigError, DataError, ...) say what to do; any other is a bug.
+    ours = isinstance(error, ValueError | OSError) and type(error).__module__.startswith("pvm_jax.")
+    return str(error) if ours else None
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -173,11 +173,11 @@ def convert_to_hf(
         write_json(partial / "config.json", _with_dtype(raw, dtype))
         if lora == "peft":
             write_peft(source, checkpoint.config, partial / ADAPTER, base_name or name_of_base(checkpoint, dst))
-        writer = SafetensorsWriter(partial, tensors, max_bytes)
-        for leaf in tqdm(table, desc="to_hf", unit="param", disable=not progress):
-            value = weights.read(leaf.path).astype(dtypes[leaf.path], copy=False)
-            for tensor, row in zip(leaf.tensors, value if leaf.stacked else value[None], strict=True):
-                writer.write(tensor.name, row.reshape(tensor.shape))
+        with SafetensorsWriter(partial, tensors, max_bytes) as writer:
+            for leaf in tqdm(table, desc="to_hf", unit="param", disable=not progress):
+                value = weights.read(leaf.path).astype(dtypes[leaf.path], copy=False)
+                for tensor, row in zip(leaf.tensors, value if leaf.stacked else value[None], strict=True):
+                    writer.write(tensor.name, row.reshape(tensor.shape))
     size = sum(e.end - e.start for e in writer.entries.values())
     return Summary(dst, *count_parameters(checkpoint.config), size, _notes(checkpoint.config))
 

@@ -108,11 +108,12 @@ def write_peft(source: Source, config: ModelConfig, directory: Path, base: str) 
         for module in one.modules:
             tensors[_tensor(module, "A")] = ((rank, inputs), np.dtype(np.float32))
             tensors[_tensor(module, "B")] = ((out, rank), np.dtype(np.float32))
-    writer = SafetensorsWriter(directory, tensors, sum(rank * sum(one.size) * 4 * len(one.modules) for one in table))
-    for one in table:
-        for module, a, b in zip(one.modules, *one.factors(source), strict=True):
-            writer.write(_tensor(module, "A"), a)
-            writer.write(_tensor(module, "B"), b)
+    size = sum(rank * sum(one.size) * 4 * len(one.modules) for one in table)
+    with SafetensorsWriter(directory, tensors, size) as writer:
+        for one in table:
+            for module, a, b in zip(one.modules, *one.factors(source), strict=True):
+                writer.write(_tensor(module, "A"), a)
+                writer.write(_tensor(module, "B"), b)
     (directory / SINGLE).rename(directory / "adapter_model.safetensors")
     modules = [module for one in table for module in one.modules]
     write_json(directory / "adapter_config.json", _settings(config.lora, modules, base))

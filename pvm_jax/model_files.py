@@ -15,6 +15,10 @@ _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _NOT_CARRIED = ("config.json", "base.json")
 
 
+class FileSystemError(OSError):
+    """A folder that cannot hold what is to be whole or not there at all; the message says what it lacks."""
+
+
 @contextlib.contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
     """A temporary directory beside `final` that takes its name at the end, and goes away on any failure.
@@ -38,15 +42,25 @@ def new_directory(final: Path) -> Iterator[Path]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes `folder` if need be, and a file in it that is gone at once: for before anything that takes long.
+    """Makes `folder` if need be, and in it a file and a directory that are gone at once: before what takes long.
 
     Raises:
-      OSError: either cannot be made.
+      OSError: they cannot be made.
+      FileSystemError: the directory cannot be renamed, as a checkpoint is when it is whole.
     """
     _refuse_address(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    with tempfile.TemporaryDirectory(prefix=".probe.", dir=folder) as probe:
+        partial = Path(probe, "partial")
+        partial.mkdir()
+        (partial / "file").touch()
+        try:
+            partial.rename(Path(probe, "whole"))
+        except OSError as error:
+            raise FileSystemError(
+                f"{folder}: expected a file system that renames directories, so that a checkpoint appears whole or not "
+                f"at all ({error.strerror}); a bucket that is mounted needs a hierarchical namespace"
+            ) from None
 
 
 def _refuse_address(path: Path) -> None:

@@ -6,13 +6,14 @@ where. Reading maps the files into memory, so that only what is used is read; wr
 fills in tensors in any order. Both hold one tensor at a time.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -200,7 +201,9 @@ def _entry(file: Path, name: str, raw: Any, data_start: int) -> Entry:
 
 
 class SafetensorsWriter:
-    """Writes tensors, in any order, into files of at most `max_bytes` (one tensor at least).
+    """Writes tensors, in any order, into files of at most `max_bytes` (one tensor at least); a context.
+
+    Files stay open until its end: a mounted bucket stores a file, whole, whenever it is closed.
 
     Args:
       directory: exists.
@@ -214,6 +217,7 @@ class SafetensorsWriter:
         if len(shards) > 1:
             names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         self.entries: dict[str, Entry] = {}
+        self._files: dict[Path, BinaryIO] = {}
         for file, shard in zip(names, shards, strict=True):
             self._reserve(directory / file, shard, tensors)
         if len(shards) > 1:
@@ -224,13 +228,21 @@ class SafetensorsWriter:
             }
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
+
     def write(self, name: str, value: np.ndarray) -> None:
         entry = self.entries[name]
         if (value.shape, value.dtype) != (entry.shape, DTYPES[entry.dtype]):
             raise ValueError(f"{name}: declared {entry.shape} {entry.dtype}, got {value.shape} {value.dtype}")
-        with entry.file.open("r+b") as f:
-            f.seek(entry.start)
-            f.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+        file = self._files[entry.file]
+        file.seek(entry.start)
+        file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
 
     def _reserve(self, file: Path, shard: list[str], tensors: Mapping) -> None:
         # "pt" is what transformers expects to find; it names the writer's framework, not the content's.
@@ -244,9 +256,9 @@ class SafetensorsWriter:
             offset = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with file.open("wb") as f:
-            f.write(len(raw).to_bytes(8, "little") + raw)
-            f.truncate(8 + len(raw) + offset)
+        self._files[file] = opened = file.open("wb")
+        opened.write(len(raw).to_bytes(8, "little") + raw)
+        opened.truncate(8 + len(raw) + offset)
         for name in shard:
             self.entries[name] = _entry(file, name, header[name], 8 + len(raw))
 

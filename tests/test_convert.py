@@ -1,5 +1,6 @@
 """Hugging Face <-> native: every bit comes back, every problem is named, a failure leaves nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,13 +15,14 @@ import tiny
 from flax import nnx
 from safetensors import numpy as st
 
-from pvm_jax import convert, hf_check, orbax_io, pvm_init
+from pvm_jax import cli, convert, hf_check, orbax_io, pvm_init
 from pvm_jax.checkpoint import CheckpointError, load_model, open_checkpoint
 from pvm_jax.config import ModelConfig
 from pvm_jax.convert import convert_from_hf, convert_to_hf
 from pvm_jax.data.processor import Processor
 from pvm_jax.hf_names import count_parameters, leaves
 from pvm_jax.hf_weights import HFWeights, MadePVM
+from pvm_jax.model_files import check_writable
 from pvm_jax.safetensors_io import SafetensorsReader, SafetensorsWriter, WeightsError
 
 GATE = "model.language_model.layers.4.pvm_block.gate_alpha"
@@ -669,14 +671,51 @@ def test_file_that_shrinks_while_it_is_read(stock_checkpoint, edited):
             weights.read(leaf.path)
 
 
+def test_a_file_system_without_renamed_directories_is_said_before_anything_long(tmp_path, monkeypatch):
+    """As a mounted bucket has it, whose objects have names and lie in no directories."""
+    rename = Path.rename
+
+    def refusing(self, target):
+        if self.is_dir() and any(self.iterdir()):
+            raise OSError(errno.EMFILE, "Too many open files", str(self))
+        return rename(self, target)
+
+    check_writable(tmp_path / "w")
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match=r"w: expected a file system that renames directories, .* \(Too many") as caught:
+        check_writable(tmp_path / "w")
+    assert cli.sentence(caught.value) == str(caught.value)
+    assert list((tmp_path / "w").iterdir()) == []
+
+
+def test_a_file_is_stored_once(tmp_path, monkeypatch):
+    """Tensors come in any order; a mounted bucket stores a file whenever it is closed."""
+    opened, open_ = [], Path.open
+
+    def recorded(self, *arguments, **options):
+        opened.append(self.name)
+        return open_(self, *arguments, **options)
+
+    shapes = {name: ((3, 4), np.dtype(np.float32)) for name in "abcd"}
+    values = {name: np.full((3, 4), i, np.float32) for i, name in enumerate(shapes)}
+    with monkeypatch.context() as patch, SafetensorsWriter(tmp_path, shapes, 100) as writer:
+        patch.setattr(Path, "open", recorded)
+        for name in "cadb":
+            writer.write(name, values[name])
+    assert opened == [], "again"
+    assert_same(tensors(tmp_path), values)
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write("a", values["a"])
+
+
 def write_random(directory: Path, config: ModelConfig) -> tuple[int, int]:
     """Noise for every tensor, so that nothing compresses; (bytes of all, of the largest parameter)."""
     table = leaves(config)
     shapes = {tensor.name: (tensor.shape, np.dtype(np.float32)) for leaf in table for tensor in leaf.tensors}
-    writer = SafetensorsWriter(directory, shapes, 10**8)
     rng = np.random.default_rng(0)
-    for name, (shape, _) in shapes.items():
-        writer.write(name, rng.standard_normal(shape, np.float32))
+    with SafetensorsWriter(directory, shapes, 10**8) as writer:
+        for name, (shape, _) in shapes.items():
+            writer.write(name, rng.standard_normal(shape, np.float32))
     sizes = [4 * int(np.prod(leaf.shape)) for leaf in table]
     return sum(sizes), max(sizes)
 
