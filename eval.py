@@ -51,8 +51,11 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
         raise ResultError("config.checkpoint: expected a model directory; pass --config.checkpoint=DIR")
 
     # ---- Model ---------------------------------------------------------------------------------------------------
+    devices = cluster.devices()
     mesh = make_mesh(**config["mesh"])
     checkpoint = open_checkpoint(path)
+    weights = checksum(checkpoint)  # of a run that goes on, this step's
+    cluster.agree("evaluation", {"config.checkpoint": weights} | versions())
     processor = Processor.from_pretrained(checkpoint.files, **config["processor"])
     dtype = config["dtype"] or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True, mesh=mesh)
@@ -62,10 +65,10 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
     main_process = cluster.index == 0
     about = {
         "checkpoint": str(path),
-        "checksum": checksum(path),
+        "checksum": weights,
         "dtype": dtype,
         "config": {key: config[key] for key in ("processor", "mesh")},
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "devices": devices,
         "versions": versions(),
     }
     for name, run in runs.items():
@@ -85,6 +88,7 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
         print(text)
         about_this = about | {"options": json.loads(json.dumps(evaluations[name]))}
         print(f"\nresults: {write_results(workdir, name, about_this, summary, records)}")
+    cluster.barrier("results written", distributed.PATIENCE)  # who leaves waits for the others for a short time only
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.data.share import Share
+from pvm_jax.evals.results import versions
+from pvm_jax.model_files import check_writable
 from pvm_jax.sharding import local_rows, make_mesh
 from pvm_jax.training.checkpoints import Checkpoints, set_aside_damaged
 from pvm_jax.training.freeze import describe
@@ -44,6 +46,9 @@ flags.DEFINE_string("workdir", None, "Directory of checkpoints and metrics; made
 flags.mark_flags_as_required(["config", "workdir"])
 cli.refuse_addresses("workdir")
 distributed.define_flags()
+
+PER_HOST = ("compilation_cache",)
+"""What each host may set as it likes."""
 
 
 def main(argv: list[str]) -> int:
@@ -62,6 +67,7 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     main_process = cluster.index == 0
     say = functools.partial(print, flush=True) if main_process else lambda *_: None
+    say(cluster.devices())
     for key, value in cli.leaves(resolved).items():
         say(f"config.{key} = {value!r}")
 
@@ -96,12 +102,16 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     schedule = make_schedule(adamw, steps)
     optimizer = make_optimizer(adamw, schedule, partition.trainable)
     evaluators = [Evaluator.make(name, processor, entry) for name, entry in resolved["evals"].items()]
+    if main_process:
+        check_writable(workdir)
     cluster.check_shared(workdir, distributed.PATIENCE)  # hosts read data and checkpoints at their own speed
     for warning in set_aside_damaged(workdir) if main_process else ():
         say(f"warning: {warning}")
     cluster.barrier("damaged checkpoints set aside", distributed.PATIENCE)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
+    everywhere = {f"config.{key}": value for key, value in cli.leaves(resolved).items() if key not in PER_HOST}
+    cluster.agree("run", {"latest checkpoint": start} | everywhere | versions())
     if main_process:
         has_weights = options.init == "checkpoint"
         claim(workdir, resolved, source, model_config, processor, has_weights=has_weights, begun=start > 0)

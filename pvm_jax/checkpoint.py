@@ -197,9 +197,9 @@ def base_of(checkpoint: Checkpoint) -> Checkpoint | None:
     return open_checkpoint(path)
 
 
-def checksum(path: str | Path) -> str:
+def checksum(of: Checkpoint | str | Path) -> str:
     """A fingerprint of a checkpoint's weights (see `fingerprint`); a workdir's includes its base's, as recorded."""
-    checkpoint = open_checkpoint(path)
+    checkpoint = of if isinstance(of, Checkpoint) else open_checkpoint(of)
     if checkpoint.kind == "hf":
         return fingerprint.of_safetensors(checkpoint.path)
     if checkpoint.kind == "native":

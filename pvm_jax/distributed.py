@@ -21,6 +21,7 @@ With one process everything here is free: barriers return, exchanges give back t
 """
 
 import contextlib
+import json
 import math
 import os
 import re
@@ -31,7 +32,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -107,8 +108,9 @@ def join(
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == 3 and not detect:
         return Cluster(stops=stops, start_limit=start_limit, silence_limit=silence_limit)
+    own = {"local_device_ids": _own_devices(os.environ)}
     if len(missing) == 3:
-        _initialize(start_limit, "the coordinator that the environment names")
+        _initialize(start_limit, "the coordinator that the environment names", **own)
     elif missing:
         raise DistributedError(f"{' and '.join(missing)}: expected all of --{', --'.join(given)} or none of them")
     else:
@@ -119,9 +121,22 @@ def join(
             coordinator_address=coordinator,
             num_processes=num_processes,
             process_id=process_id,
+            **own,
         )
     limits = {"start_limit": start_limit, "silence_limit": silence_limit}
     return Cluster(jax.process_index(), jax.process_count(), stops=stops, **limits)
+
+
+def _own_devices(environment: Mapping[str, str]) -> list[int] | None:
+    """`local_device_ids` for JAX: none are named, so all, if a launcher began one process on this host.
+
+    JAX takes every process of SLURM and Open MPI for one of a single device, that of its number on the host.
+    """
+    if environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    tasks, hosts = (environment.get(f"SLURM_{name}") for name in ("NTASKS", "STEP_NUM_NODES"))
+    alone = (tasks is not None and tasks == hosts) or environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return [] if alone else None
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
@@ -199,7 +214,36 @@ class Cluster:
             self._done.set()
             self._thread.join()
 
+    def devices(self) -> str:
+        """What the processes have together: `16 NVIDIA H100 in 2 processes`.
+
+        Raises:
+          DistributedError: JAX counts other processes than have joined, as on hosts of one TPU slice.
+        """
+        if jax.process_count() != self.count:
+            raise DistributedError(
+                f"expected {self.count} process{'es' if self.count > 1 else ''}, as the flags say, JAX finds "
+                f"{jax.process_count()}: this is one of several hosts; pass --distributed on all of them"
+            )
+        found = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+        return found if self.count == 1 else f"{found} in {self.count} processes"
+
     # ---- Waiting for each other ----------------------------------------------------------------------------------
+
+    def agree(self, name: str, facts: Mapping[str, Any], limit: float = PATIENCE) -> None:
+        """Returns when all processes have called it, each with the same facts (values as JSON has them).
+
+        Raises:
+          DistributedError: in all of them, about the first process and fact that differ from process 0's.
+        """
+        first, *others = map(json.loads, self.exchange(f"agreed/{name}", json.dumps(facts, default=str), limit))
+        for i, other in enumerate(others, 1):
+            for key in first | other:
+                if (here := other.get(key)) != (there := first.get(key)):
+                    raise DistributedError(
+                        f"{name}: expected the same in all processes, got {key} = {here!r} in {self._names({i})} and "
+                        f"{there!r} in process 0; start the same command, in the same environment, on every host"
+                    )
 
     def barrier(self, name: str, limit: float | None = None) -> None:
         """Returns when all processes have called it with this name, which is used once in a run.
@@ -222,11 +266,11 @@ class Cluster:
             return [text]
         limit = self._limit if limit is None else limit
         store, key, deadline = _store(), f"{_ROOT}/{name}", time.monotonic() + limit
-        store.key_value_set(f"{key}/{self.index}", text, allow_overwrite=True)
+        self._patiently(store.key_value_set, f"{key}/{self.index}", text, allow_overwrite=True)
         texts: list[str] = []
         while len(texts) < self.count:
             try:
-                texts.append(store.blocking_key_value_get(f"{key}/{len(texts)}", int(1000 * _POLL)))
+                texts.append(self._patiently(store.blocking_key_value_get, f"{key}/{len(texts)}", int(1000 * _POLL)))
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
@@ -238,6 +282,17 @@ class Cluster:
                         f"{name}: {self._names(set(range(self.count)) - came)} did not come within {limit:g} s"
                     ) from None
         return texts
+
+    def _patiently(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """A call of the store, again while there is no connection, which is no longer than a process may be silent."""
+        begun = time.monotonic()
+        while True:
+            try:
+                return call(*arguments, **options)
+            except jax.errors.JaxRuntimeError as error:
+                if "UNAVAILABLE" not in str(error) or time.monotonic() - begun > self._silence:
+                    raise
+            time.sleep(_POLL)
 
     def exchange_of_step(self, step: int, text: str, cancelled: Callable[[], bool], of: str = "batch") -> list[str]:
         """`exchange` for the data of successive steps: whoever completes one knows that all have read the one before,
@@ -340,8 +395,11 @@ class Cluster:
         beat = 0
         while not self._done.wait(_POLL):
             beat += 1
-            self._tell("alive", f"{beat} {socket.gethostname()}")
-            read = self._read()
+            try:
+                self._tell("alive", f"{beat} {socket.gethostname()}")
+                read = self._read()
+            except jax.errors.JaxRuntimeError:  # no connection: it comes back, or the others miss this process
+                continue
             for i, text in read["error"].items():
                 if i != self.index:
                     self._tell("seen", "yes")

@@ -14,35 +14,39 @@ import pytest
 PROGRAM = """
 import os
 from jax._src.clusters import cloud_tpu_cluster
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 from pvm_jax import distributed
 # JAX takes a machine for a TPU's if libtpu is installed and finds chips, and else asks no metadata server.
 cloud_tpu_cluster.running_in_cloud_tpu_vm = "ON_A_TPU" in os.environ
 if "GCE_METADATA_IP" in os.environ:
     del os.environ["TPU_SKIP_MDS_QUERY"]
 with distributed.join(detect=True, start_limit=60) as cluster:
-    print(cluster.exchange("names", f"process {cluster.index} of {cluster.count}"))
+    devices = CUDA_VISIBLE_DEVICES.value
+    print(cluster.exchange("names", f"process {cluster.index} of {cluster.count}, devices {devices}"))
 """
 # JAX derives the coordinator's port from the job's number: 61440 + number modulo 4096.
 FIRST_PORT, PORTS = 61440, 4096
 
 
-def slurm(job: int, process: int) -> dict[str, str]:
+def slurm(job: int, process: int, hosts: int) -> dict[str, str]:
+    """Of two processes on one host or on two."""
     return {
         "SLURM_JOB_ID": str(job),
         "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_NODES": str(hosts),
         "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(process),
-        "SLURM_LOCALID": str(process),
+        "SLURM_LOCALID": str(process if hosts == 1 else 0),
     }
 
 
-def open_mpi(job: int, process: int) -> dict[str, str]:
+def open_mpi(job: int, process: int, hosts: int) -> dict[str, str]:
     return {
         "OMPI_MCA_orte_hnp_uri": f"{job * 4096}.0;tcp://127.0.0.1:1",
         "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_COMM_WORLD_RANK": str(process),
-        "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process if hosts == 1 else 0),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(2 // hosts),
     }
 
 
@@ -96,8 +100,8 @@ def free_job() -> int:
     raise AssertionError("no free port")
 
 
-def join_two(*environments: dict[str, str]) -> None:
-    """Runs PROGRAM once in each environment; each must see both."""
+def join_two(*environments: dict[str, str], devices: tuple[str, str] = ("all", "all")) -> None:
+    """Runs PROGRAM once in each environment; each must see both, and that many of its host's GPUs."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
@@ -115,13 +119,15 @@ def join_two(*environments: dict[str, str]) -> None:
             process.kill()
     for process, (out, err) in zip(processes, results, strict=True):
         assert process.returncode == 0, err
-        assert out.strip() == "['process 0 of 2', 'process 1 of 2']"
+        assert out.strip() == str([f"process {i} of 2, devices {devices[i]}" for i in range(2)])
 
 
 @pytest.mark.parametrize("describe", [slurm, open_mpi])
-def test_launchers_variables_are_enough(describe):
+@pytest.mark.parametrize(("hosts", "devices"), [(1, ("0", "1")), (2, ("all", "all"))])
+def test_launchers_variables_are_enough(describe, hosts, devices):
+    """Two processes on one host take a GPU each, one that is alone takes all."""
     job = free_job()
-    join_two(describe(job, 0), describe(job, 1))
+    join_two(describe(job, 0, hosts), describe(job, 1, hosts), devices=devices)
 
 
 def test_gke_with_two_slices():

@@ -82,8 +82,14 @@ def ask(model, processor, folder, mesh=None, **options) -> list:
     return prepared.in_order([record for batch in prepared.answers(model, mesh) for record in batch])
 
 
+MET: list[str] = []
+"""Names of barriers."""
+
+
 def evaluate(model, processor, folder, workdir, **options):
-    evaluation = Evaluation("own", model, processor, workdir, {"checksum": "abc", "dtype": "float32"})
+    evaluation = Evaluation(
+        "own", model, processor, workdir, {"checksum": "abc", "dtype": "float32"}, barrier=MET.append
+    )
     return harness.run(evaluation, **OPTIONS | {"path": str(folder / "own.jsonl")} | options)
 
 
@@ -248,8 +254,10 @@ def test_what_could_not_be_judged_is_judged_again(known, model, processor, folde
     away = {record.index for record in known if final_text(record.completion or "")}
     ledger.add([dataclasses.replace(r, error="away") if r.index in away else r for r in known])
     asked = []
+    MET.clear()
 
     def judge(self, question, completion):
+        assert MET == ["records of own opened", "records of own read"]
         asked.append(question.index)
         failed = question.index == "q5"
         return Judgement(Verdict(completion, not failed), "a model", "still away" if failed else None)
@@ -258,6 +266,7 @@ def test_what_could_not_be_judged_is_judged_again(known, model, processor, folde
     monkeypatch.setattr(asking, "complete", lambda *_, **__: pytest.fail("generated again"))
     _, records, _ = evaluate(model, processor, folder, tmp_path, **judging)
     assert sorted(asked) == sorted(away) and {"q3", "q5"} < away
+    assert MET[2:] == ["records of own judged"], "the others wait for the judge"
     errors = {r["index"]: r["error"] for r in records if r["completion"] is not None and r["error"] is not None}
     assert errors == {"q5": "still away"}
     assert all(r["right"] and r["judge"] == "a model" for r in records if r["index"] in away - {"q5"})

@@ -145,6 +145,69 @@ def test_exchange_of_a_batch_nobody_needs_ends(ended):
         cluster.exchange_of_step(3, "text", asked.is_set)
 
 
+def test_processes_that_do_not_agree_say_in_what(ended):
+    same = {"step": 3, "config.mesh": {"fsdp": -1}, "config.frozen": ("a",)}
+
+    def agree(name: str, of_process_1: dict) -> list:
+        facts = [same, of_process_1]
+        return together(2, lambda i: Cluster(i, 2).agree(name, facts[i]))
+
+    assert agree("equal", dict(same)) == [None, None]
+    for name, other, message in (
+        (
+            "a value",
+            same | {"step": 2},
+            "a value: expected the same in all processes, got step = 2 in process 1 and 3 in",
+        ),
+        (
+            "a key",
+            same | {"jax": "0.10"},
+            "got jax = '0.10' in process 1 and None in process 0; start the same command",
+        ),
+    ):
+        for error in agree(name, other):
+            assert isinstance(error, DistributedError) and message in str(error)
+
+
+def test_a_connection_that_comes_back_is_no_end(ended, monkeypatch):
+    """Calls of the store fail for a while, in an exchange and in the watching thread."""
+    store, calls = distributed._store(), []
+
+    class Flaky:
+        def __getattr__(self, name: str):
+            def call(*arguments, **options):
+                calls.append(name)
+                if 10 < len(calls) < 30:
+                    raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+                return getattr(store, name)(*arguments, **options)
+
+            return call
+
+    flaky = Flaky()
+    monkeypatch.setattr(distributed, "_store", lambda: flaky)
+
+    def work(i: int) -> list[list[str]]:
+        with Cluster(i, 2, silence_limit=5.0) as cluster:
+            return [cluster.exchange(f"turn {turn}", str(i)) for turn in range(20)]
+
+    assert together(2, work) == [[["0", "1"]] * 20] * 2
+    assert len(calls) > 60 and ended == []
+
+    broken = jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
+    gone = types.SimpleNamespace(key_value_set=lambda *_, **__: (_ for _ in ()).throw(broken))
+    monkeypatch.setattr(distributed, "_store", lambda: gone)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="failed to connect"):
+        Cluster(0, 2, silence_limit=0.2).exchange("never", "")
+
+
+def test_one_of_several_hosts_that_was_not_told_so(monkeypatch):
+    assert Cluster().devices() == f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    assert Cluster(0, 16).devices().endswith(" in 16 processes")
+    with pytest.raises(DistributedError, match=r"expected 1 process, .* JAX finds 16: .* --distributed"):
+        Cluster().devices()
+
+
 def test_sizes_of_old_batches_are_forgotten(ended):
     clusters = [Cluster(i, 2) for i in range(2)]
     said = together(2, lambda i: [clusters[i].exchange_of_step(step, "text", lambda: False) for step in range(5)])

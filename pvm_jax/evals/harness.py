@@ -262,6 +262,7 @@ def run(evaluation: Evaluation, **options: Any) -> tuple[dict[str, Any], list[di
             records = prepared.judged(records)
             progress.add(records)
         ledger.add(records)
+    evaluation.barrier(f"records of {evaluation.name} judged")  # process 0 alone asks the judge, and may take long
     if all(record.completion is None for record in ledger.records):
         raise ResultError(f"{evaluation.name}: not one question could be asked; the first: {ledger.records[0].error}")
     summary = prepared.summary(ledger.records)
