@@ -271,31 +271,35 @@ def draw(models: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colors, pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7.2), dpi=150)
     mass, reads, cell, lens = axes.flat
 
-    def curve(one: Any, seeds: Sequence[Any], condition: str, name: str, **style: Any) -> None:
+    def curve(
+        one: Any, seeds: Sequence[Any], condition: str, name: str, color: str, aside: float = 1.0, **style: Any
+    ) -> None:
         given = [seed[condition] for seed in seeds]
         parts = given[0]["by_position"]
         means = [over_seeds(given, name, i) for i in range(len(parts))]
         if None in means:
             return
-        x = [(part["from"] + part["to"]) / 2 for part in parts]
+        x = [aside * (part["from"] + part["to"]) / 2 for part in parts]
         y = [m.value for m in means]
         error = None if means[0].low is None else [m.high - m.value for m in means]
-        one.errorbar(x, y, yerr=error, marker="o", markersize=3, capsize=2, **style)
+        faint = colors.to_rgba(color, 0.45)
+        one.errorbar(x, y, yerr=error, marker="o", markersize=3, color=color, ecolor=faint, elinewidth=1.2, **style)
 
     for i, (model, seeds) in enumerate(models.items()):
-        style = {"color": COLORS[i % len(COLORS)]}
+        color = COLORS[i % len(COLORS)]
+        style = {"color": color, "aside": 1 + 0.012 * (i - (len(models) - 1) / 2)}  # bars that can be told apart
         curve(mass, seeds, "long", "mass", **style, label=figures.plain(model))
         curve(reads, seeds, "long", "reads", **style)
         curve(reads, seeds, "long, near text", "reads", **style, linestyle="--")
         curve(cell, seeds, "long", "on_cell", **style)
         curve(cell, seeds, "long", "memory_on_cell", **style, linestyle=":")
         late = np.mean([seed["long"]["by_position"][-1]["by_layer"] for seed in seeds], axis=0)
-        lens.plot(range(len(late)), late, marker="o", markersize=3, **style)
+        lens.plot(range(len(late)), late, marker="o", markersize=3, color=color)
     curve(
         mass, next(iter(models.values())), "long", "uniform", color="#bbbbbb", linestyle=":", label="without preference"
     )
