@@ -54,8 +54,8 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
     devices = cluster.devices()
     mesh = make_mesh(**config["mesh"])
     checkpoint = open_checkpoint(path)
-    weights = checksum(checkpoint)  # of a run that goes on, this step's
-    cluster.agree("evaluation", {"config.checkpoint": weights} | versions())
+    found = checksum(checkpoint)  # before a run that goes on has another latest step
+    cluster.agree("evaluation", {"config.checkpoint": found} | versions())
     processor = Processor.from_pretrained(checkpoint.files, **config["processor"])
     dtype = config["dtype"] or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(checkpoint, dtype=jnp.dtype(dtype), scan=True, mesh=mesh)
@@ -65,7 +65,7 @@ def evaluate(config: dict[str, Any], workdir: Path, cluster: distributed.Cluster
     main_process = cluster.index == 0
     about = {
         "checkpoint": str(path),
-        "checksum": weights,
+        "checksum": found,
         "dtype": dtype,
         "config": {key: config[key] for key in ("processor", "mesh")},
         "devices": devices,

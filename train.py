@@ -47,7 +47,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 cli.refuse_addresses("workdir")
 distributed.define_flags()
 
-PER_HOST = ("compilation_cache",)
+PER_HOST = ("config.compilation_cache",)
 """What each host may set as it likes."""
 
 
@@ -68,8 +68,9 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     main_process = cluster.index == 0
     say = functools.partial(print, flush=True) if main_process else lambda *_: None
     say(cluster.devices())
-    for key, value in cli.leaves(resolved).items():
-        say(f"config.{key} = {value!r}")
+    settings = {f"config.{key}": value for key, value in cli.leaves(resolved).items()}
+    for key, value in settings.items():
+        say(f"{key} = {value!r}")
 
     # ---- Mesh, data, model ---------------------------------------------------------------------------------------
     mesh = make_mesh(**resolved["mesh"])
@@ -110,8 +111,8 @@ def train(config: ConfigDict, workdir: Path, cluster: distributed.Cluster) -> in
     cluster.barrier("damaged checkpoints set aside", distributed.PATIENCE)
     checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
     start = checkpoints.latest() or 0
-    everywhere = {f"config.{key}": value for key, value in cli.leaves(resolved).items() if key not in PER_HOST}
-    cluster.agree("run", {"latest checkpoint": start} | everywhere | versions())
+    shared = {key: value for key, value in settings.items() if key not in PER_HOST}
+    cluster.agree("run", {"latest checkpoint": start} | shared | versions())
     if main_process:
         has_weights = options.init == "checkpoint"
         claim(workdir, resolved, source, model_config, processor, has_weights=has_weights, begun=start > 0)

@@ -218,6 +218,7 @@ class SafetensorsWriter:
             names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         self.entries: dict[str, Entry] = {}
         self._files: dict[Path, BinaryIO] = {}
+        self._opened = contextlib.ExitStack()
         for file, shard in zip(names, shards, strict=True):
             self._reserve(directory / file, shard, tensors)
         if len(shards) > 1:
@@ -232,9 +233,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with contextlib.ExitStack() as closing:
-            for file in self._files.values():
-                closing.callback(file.close)
+        self._opened.close()
 
     def write(self, name: str, value: np.ndarray) -> None:
         entry = self.entries[name]
@@ -256,7 +255,7 @@ class SafetensorsWriter:
             offset = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        self._files[file] = opened = file.open("wb")
+        self._files[file] = opened = self._opened.enter_context(file.open("wb"))
         opened.write(len(raw).to_bytes(8, "little") + raw)
         opened.truncate(8 + len(raw) + offset)
         for name in shard:

@@ -197,6 +197,9 @@ def test_a_workdir_is_its_base_and_what_was_trained(native, tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]  # of Orbax, about a file it lacks
     assert_equal(values(load_model(workdir / "checkpoints" / "5", scan=True)), base | new)
     assert checksum(workdir) != checksum(workdir / "checkpoints" / "5") != checksum(native)
+    opened = open_checkpoint(workdir)
+    shutil.copytree(workdir / "checkpoints" / "5", workdir / "checkpoints" / "50")
+    assert checksum(opened) == checksum(workdir / "checkpoints" / "40") != checksum(workdir), "the run has gone on"
 
 
 def test_a_workdir_on_a_workdir(native, tmp_path):

@@ -96,7 +96,7 @@ def test_answers_to_a_prompt_lie_where_it_does(models, prompts):
         static = {"switches": switches, "capacity": 128, "samples": samples, "mesh": mesh}
         return Program(decoding.prefill.lower(*given, **static).compile().as_text()).collectives()
 
-    assert moved(4) == pytest.approx(moved(1), abs=512), "and the cache of a layer has 96 KiB"
+    assert moved(4) == pytest.approx(moved(1), abs=512), "one answer's keys in a layer have 16 KiB"
 
 
 def test_rows_to_go_on_with_change_devices_a_layer_at_a_time():
