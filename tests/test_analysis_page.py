@@ -91,7 +91,7 @@ def test_the_table():
     two = measures._exponent([{"exponent": -0.9}, {"exponent": -1.1}], 2)
     assert two == "-1.00 (-2.27 to 0.27 over 2 texts)"  # Student's interval: 12.7 times the standard error
     assert base[6:8] == ["-", "-"] and float(pvm[6].removesuffix(" (of 2 texts)")) < 0.9 and pvm[8] == "2.0 of 3"
-    assert pvm[7].endswith(" (of 2 texts)"), "of text alone PVM retrieves nothing"
+    assert pvm[7].endswith(" (of 2 texts)") and measures.ratio(runs()[1].traces[2]) == [], "of text alone it is nothing"
 
 
 def test_a_map_is_within_a_255th_of_its_maximum():

@@ -4,6 +4,7 @@ What processes say to each other is tested with clusters in threads over a store
 loopback then train, lose one of them, and go on as one.
 """
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -170,14 +171,15 @@ def test_processes_that_do_not_agree_say_in_what(ended):
 
 
 def test_a_connection_that_comes_back_is_no_end(ended, monkeypatch):
-    """Calls of the store fail for a while, in an exchange and in the watching thread."""
-    store, calls = distributed._store(), []
+    """The third to sixth call of the store fails, in exchanges and in watching threads."""
+    store, calls = distributed._store(), collections.Counter()
 
     class Flaky:
         def __getattr__(self, name: str):
             def call(*arguments, **options):
-                calls.append(name)
-                if 10 < len(calls) < 30:
+                thread = threading.current_thread()
+                calls[thread] += 1
+                if 3 <= calls[thread] <= 6:
                     raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
                 return getattr(store, name)(*arguments, **options)
 
@@ -188,10 +190,15 @@ def test_a_connection_that_comes_back_is_no_end(ended, monkeypatch):
 
     def work(i: int) -> list[list[str]]:
         with Cluster(i, 2, silence_limit=5.0) as cluster:
-            return [cluster.exchange(f"turn {turn}", str(i)) for turn in range(20)]
+            given = [cluster.exchange(f"turn {turn}", str(i)) for turn in range(4)]
+            deadline = time.monotonic() + 10
+            while calls[cluster._thread] < 10 and cluster._thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert cluster._thread.is_alive()
+            return given
 
-    assert together(2, work) == [[["0", "1"]] * 20] * 2
-    assert len(calls) > 60 and ended == []
+    assert together(2, work) == [[["0", "1"]] * 4] * 2
+    assert len(calls) == 4 and min(calls.values()) > 6 and ended == []
 
     broken = jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
     gone = types.SimpleNamespace(key_value_set=lambda *_, **__: (_ for _ in ()).throw(broken))
@@ -444,6 +451,20 @@ def test_an_orderly_exit_is_no_failure(ended):
 def test_flags_that_do_not_fit(arguments, sentence):
     with pytest.raises(DistributedError, match=f"^{sentence}"):
         distributed.join(*arguments)
+
+
+def test_one_process_on_a_host_of_slurm_has_all_gpus_also_when_it_is_told_its_number(monkeypatch):
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: given.update(arguments))
+    for hosts, own in (("2", []), ("1", None)):
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        monkeypatch.setenv("SLURM_STEP_NUM_NODES", hosts)
+        distributed.join("host:1", 2, 0)
+        assert given["num_processes"] == 2 and given["local_device_ids"] == own
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "0,1")
+    distributed.join("host:1", 2, 0)
+    assert given["local_device_ids"] is None, "JAX reads the variable"
 
 
 def test_distributed_asks_the_environment(monkeypatch, tmp_path):

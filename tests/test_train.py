@@ -15,7 +15,7 @@ import tiny
 import training_runs
 from training_runs import SPEEDS, without_speeds
 
-from pvm_jax import cli
+from pvm_jax import cli, distributed
 from pvm_jax.checkpoint import load_params, open_checkpoint
 from pvm_jax.data.processor import Processor
 from pvm_jax.training.metrics import Meter, MetricWriter, read_metrics
@@ -131,6 +131,17 @@ def test_a_finished_run_started_again_changes_nothing(finished, run):
     before = without_speeds(finished)
     run(finished, "--config.micro_batches=2", "--config.model.remat=True", "--config.model.attention=xla")
     assert without_speeds(finished) == before
+
+
+def test_hosts_compare_what_they_are_about_to_run(finished, run, train, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr(train, "check_writable", told.append)
+    monkeypatch.setattr(distributed.Cluster, "agree", lambda self, name, facts: told.append(facts))
+    run(finished)
+    folder, facts = told
+    assert folder == finished and facts["latest checkpoint"] == 4 and facts["jax"] == jax.__version__
+    assert "config.checkpoint.every" in facts and "config.compilation_cache" not in facts
+    assert capsys.readouterr().out.startswith(f"{jax.device_count()} ")
 
 
 def test_a_run_goes_on_with_as_many_rows_alone(finished, run, data):
